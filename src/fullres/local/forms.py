@@ -1,0 +1,129 @@
+"""What it takes for a module to be local, and to be itself again.
+
+A module takes its local form by changing its class and gaining a few attributes. It stays the
+same object: its parameters, buffers, hooks, state-dict keys, aliases and place in the network
+are not touched, and the change is undone exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fullres.errors import ConversionError
+
+Window = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A local form: the class that a module takes and the attributes that it gains."""
+
+    cls: type[nn.Module]
+    attributes: Mapping[str, Any]
+
+
+class LocalModule:
+    """Mixed into every local form: the windows of its calls.
+
+    `local_windows` holds one window if all calls share it, otherwise one a call, in the order of
+    the calls within one forward pass of the network.
+    """
+
+    local_windows: tuple[Window, ...]
+
+    def local_window(self) -> Window:
+        """Window of the present call."""
+        if len(self.local_windows) == 1:
+            return self.local_windows[0]
+        calls = _calls.get()
+        if calls is None:
+            raise ConversionError(
+                f"{type(self).__name__} has a window for each of its calls within the converted "
+                "network; it was called outside of it"
+            )
+        call = calls[id(self)] = calls.get(id(self), -1) + 1
+        if call >= len(self.local_windows):
+            raise ConversionError(
+                f"{type(self).__name__} was called more often than the {len(self.local_windows)} "
+                "times of the calibration, so its window is unknown"
+            )
+        return self.local_windows[call]
+
+    def extra_repr(self) -> str:
+        base: str = super().extra_repr()  # type: ignore[misc]
+        windows = ", ".join(f"{kh}×{kw}" for kh, kw in self.local_windows)
+        return f"{base}{', ' if base else ''}window={windows}"
+
+
+_calls: ContextVar[dict[int, int] | None] = ContextVar("calls of local modules", default=None)
+
+
+class CountsCalls:
+    """Mixed into the root of a network in which some module has several windows.
+
+    Counts live in a context variable for the time of one forward pass, never on a module, so
+    that passes in several threads do not meet.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        token = _calls.set({})
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _calls.reset(token)
+
+
+def covers(window: Window, x: Tensor) -> bool:
+    """Whether the window covers the map (…, H, W), so that local and global are the same."""
+    return window[0] >= x.shape[-2] and window[1] >= x.shape[-1]
+
+
+def mixed(mixin: type, module: nn.Module) -> type[nn.Module]:
+    """The class of `module` with the behaviour of `mixin` on top."""
+    cls = type(module)
+    if issubclass(mixin, cls):
+        return mixin
+    return type(f"{mixin.__name__}[{cls.__name__}]", (mixin, cls), {"__module__": mixin.__module__})
+
+
+def form_of(module: nn.Module, local: nn.Module) -> Form:
+    """What sets `local`, a local form that the module made of itself, apart from the module.
+
+    Raises:
+        ConversionError: the local form does not share the module's parameters and buffers.
+    """
+    mine = dict(module.named_parameters()) | dict(module.named_buffers())
+    other = dict(local.named_parameters()) | dict(local.named_buffers())
+    if mine.keys() != other.keys() or any(mine[name] is not other[name] for name in mine):
+        raise ConversionError(
+            f"{type(module).__name__}.to_local() returned a module that does not share the "
+            "parameters and buffers of the original under the same names"
+        )
+    blank = nn.Module().__dict__.keys()
+    attributes = {
+        name: value
+        for name, value in vars(local).items()
+        if name not in blank and vars(module).get(name, blank) is not value
+    }
+    return Form(type(local), attributes)
+
+
+_ABSENT = object()
+
+
+def take_form(module: nn.Module, form: Form) -> Form:
+    """Change the module into `form`; returns the form to go back to."""
+    before = {name: vars(module).get(name, _ABSENT) for name in form.attributes}
+    original = Form(type(module), before)
+    module.__class__ = form.cls
+    for name, value in form.attributes.items():
+        if value is _ABSENT:
+            vars(module).pop(name, None)
+        else:
+            vars(module)[name] = value
+    return original

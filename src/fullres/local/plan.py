@@ -1,0 +1,342 @@
+"""Plan a local conversion, carry it out, undo it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fullres.errors import ConversionError
+from fullres.local.calibrate import Calibration, Shadow, Shape, calibrate, first_words
+from fullres.local.forms import CountsCalls, Form, LocalModule, Window, form_of, mixed, take_form
+from fullres.local.rules import RULES, SOUGHT
+from fullres.local.table import table
+
+Size = int | tuple[int, int]
+
+
+class NothingToConvert(ConversionError):  # noqa: N818 - a finding more than a fault
+    """The network has no global operation that can become local."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """How local: the window of every global operation, by the size of the training crops.
+
+    >>> Local(256).window
+    (384, 384)
+    """
+
+    train_size: Size
+    """Height and width, in pixels, of the crops that the network was trained on."""
+    window: Size | None = None
+    """Height and width of the window in input pixels; by default 1.5 × the training size."""
+
+    def __post_init__(self) -> None:
+        train = _pair("train_size", self.train_size)
+        window = self.window
+        if window is None:
+            window = (3 * train[0] // 2, 3 * train[1] // 2)
+        object.__setattr__(self, "train_size", train)
+        object.__setattr__(self, "window", _pair("window", window))
+
+    def window_at(self, feature: tuple[int, int]) -> Window:
+        """Window on a map that measures `feature` (height, width) at the training size."""
+        (th, tw), (wh, ww) = _pair("train_size", self.train_size), _pair("window", self.window)
+        return max(1, feature[0] * wh // th), max(1, feature[1] * ww // tw)
+
+
+def _pair(what: str, size: Any) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else size
+    if (
+        not isinstance(pair, tuple)
+        or len(pair) != 2
+        or not all(isinstance(n, int) and n >= 1 for n in pair)
+    ):
+        raise ConversionError(f"{what} is a number of pixels or a (height, width), got {size!r}")
+    return pair
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One global operation of a network, and what becomes of it."""
+
+    names: tuple[str, ...]
+    """Every name under which the network holds the module ("" for the network itself)."""
+    kind: str
+    """Average pool, instance norm, …"""
+    module: nn.Module
+    shapes: tuple[Shape, ...] = ()
+    """Shape of its input in each call at calibration."""
+    windows: tuple[Window, ...] = ()
+    """Its window, or one a call where they differ; in positions of its own map."""
+    form: Form | None = None
+    """Its local form; None where it stays global."""
+    reason: str | None = None
+    """Why it stays global."""
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `convert` would do to a network. Printed, it is a table."""
+
+    network: str
+    """Class of the network."""
+    local: Local
+    operations: tuple[Operation, ...]
+    """Every global operation found, in the order of the network's modules."""
+
+    @property
+    def converted(self) -> tuple[Operation, ...]:
+        """The operations that become local."""
+        return tuple(op for op in self.operations if op.form is not None)
+
+    @property
+    def kept(self) -> tuple[Operation, ...]:
+        """The operations that stay global, each with its reason."""
+        return tuple(op for op in self.operations if op.form is None)
+
+    def __str__(self) -> str:
+        return table(self)
+
+
+def plan(module: nn.Module, local: Local, example: Any = None) -> Plan:
+    """Find every global operation of a network, its window, or the reason it stays global.
+
+    The network is not changed, nor run: shapes come from a pass on fake tensors. Whatever would
+    break the network once local, at another size than the training size, is left global.
+
+    Args:
+        module: any network.
+        local: training size and window.
+        example: input, or tuple of inputs, of one call at the training size; needed only where
+            the network takes something other than one picture (B, C, H, W).
+
+    Raises:
+        ConversionError: the network does not run at its training size, or is local already.
+
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8))
+    >>> print(plan(net, Local(train_size=64)))
+    Sequential: training size 64 × 64, window 96 × 96
+    <BLANKLINE>
+    operation   kind            map at training size   window
+    1           instance norm   62 × 62                93 × 93
+    <BLANKLINE>
+    1 of 1 global operation becomes local.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ConversionError(
+            f"{type(module).__name__} is a TorchScript module, whose operations cannot be "
+            "replaced; convert the network before scripting it"
+        )
+    if any(isinstance(part, LocalModule) for part in module.modules()):
+        raise ConversionError(
+            f"{type(module).__name__} is local already; revert that conversion first"
+        )
+    found = _find(module)
+    if not any(op.reason is None for op in found):
+        return Plan(type(module).__name__, local, tuple(found))
+    train = _pair("train_size", local.train_size)
+    calibration = calibrate(module, [op.name for op in found], train, example)
+    operations = [_planned(op, calibration.seen[op.name], local) for op in found]
+    return Plan(type(module).__name__, local, _that_run(operations, calibration))
+
+
+def convert(module: nn.Module, local: Local, example: Any = None) -> Conversion:
+    """Make the global operations of a network local, in place.
+
+    Same module objects, parameters, hooks and state-dict keys; any batch, device, type and memory
+    format; nothing is written during a forward pass. Where the window covers the picture, the
+    network computes what it did before.
+
+    Args and errors as `plan`.
+
+    Returns:
+        The conversion, which `revert()` undoes exactly; also a context manager that reverts.
+
+    Raises:
+        NothingToConvert: no global operation can become local; the network is unchanged.
+
+    >>> import torch
+    >>> pool = torch.nn.AdaptiveAvgPool2d(1)
+    >>> with convert(pool, Local(train_size=2, window=2)):
+    ...     pool(torch.arange(4.0).expand(1, 3, 2, 4)).shape
+    torch.Size([1, 3, 2, 4])
+    >>> pool(torch.ones(1, 3, 2, 4)).shape
+    torch.Size([1, 3, 1, 1])
+    """
+    planned = plan(module, local, example)
+    if not planned.converted:
+        kept = "".join(f"; {op.name or 'the network'} stays: {op.reason}" for op in planned.kept)
+        raise NothingToConvert(
+            f"nothing to convert in {type(module).__name__}: looked for {SOUGHT}{kept}"
+        )
+    return Conversion(module, planned)
+
+
+class Conversion:
+    """A plan carried out. Printed, it is the plan's table."""
+
+    def __init__(self, module: nn.Module, plan: Plan) -> None:
+        self.module = module
+        self.plan = plan
+        self._originals: list[tuple[nn.Module, Form, Form]] = []
+        for part, form in _forms(module, plan.operations):
+            self._originals.append((part, take_form(part, form), form))
+
+    @property
+    def converted(self) -> tuple[Operation, ...]:
+        """The operations that are local."""
+        return self.plan.converted
+
+    @property
+    def kept(self) -> tuple[Operation, ...]:
+        """The operations that stayed global, each with its reason."""
+        return self.plan.kept
+
+    def revert(self) -> None:
+        """Undo the conversion exactly; a second call does nothing.
+
+        Raises:
+            ConversionError: a module was changed since by somebody else; nothing is undone.
+        """
+        for part, _, form in self._originals:
+            if type(part) is not form.cls:
+                raise ConversionError(
+                    f"cannot revert: a {form.cls.__name__} was turned into a "
+                    f"{type(part).__name__} since the conversion; undo that first"
+                )
+        while self._originals:
+            part, original, _ = self._originals.pop()
+            take_form(part, original)
+
+    def __enter__(self) -> Conversion:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.revert()
+
+    def __str__(self) -> str:
+        return str(self.plan)
+
+
+def _find(module: nn.Module) -> list[Operation]:
+    """Every module that a rule knows or that brings its own local form, once per identity."""
+    found: dict[int, Operation] = {}
+    for name, part in module.named_modules(remove_duplicate=False):
+        if id(part) in found:
+            known = found[id(part)]
+            found[id(part)] = replace(known, names=(*known.names, name))
+        elif callable(getattr(part, "to_local", None)):
+            found[id(part)] = Operation((name,), type(part).__name__, part)
+        else:
+            for rule in RULES:
+                look = rule.look(part)
+                if look is not None:
+                    reason = look if isinstance(look, str) else None
+                    found[id(part)] = Operation((name,), rule.kind, part, reason=reason)
+                    break
+    return list(found.values())
+
+
+def _planned(op: Operation, shapes: Sequence[Shape], local: Local) -> Operation:
+    """The operation with its windows and local form, or with the reason it stays global."""
+    op = replace(op, shapes=tuple(shapes))
+    if op.reason is not None:
+        return op
+    if not shapes:
+        return replace(op, reason="is not called in a forward pass")
+    own = callable(getattr(op.module, "to_local", None))
+    rule = None if own else next(rule for rule in RULES if rule.look(op.module) is not None)
+    for shape in shapes:
+        if len(shape) not in ((4,) if rule is None else rule.dims):
+            return replace(op, reason=f"is called on {len(shape)} dimensions, not on a map")
+    windows = tuple(local.window_at((shape[-2], shape[-1])) for shape in shapes)
+    if len(set(windows)) == 1:
+        windows = windows[:1]
+    if rule is not None:
+        mixin = rule.look(op.module)
+        assert isinstance(mixin, type)
+        form = Form(mixed(mixin, op.module), {"local_windows": windows})
+    elif len(windows) == 1:
+        form = form_of(op.module, op.module.to_local(windows[0]))  # type: ignore[operator]
+    else:
+        return replace(op, reason="is called at several sizes, its local form has one window")
+    return replace(op, windows=windows, form=form)
+
+
+def _forms(module: nn.Module, operations: Sequence[Operation]) -> list[tuple[nn.Module, Form]]:
+    """The forms that the modules of a network take, those of its operations and its own."""
+    forms = [(op.module, op.form) for op in operations if op.form is not None]
+    if any(len(op.windows) > 1 for op in operations if op.form is not None):
+        forms.append((module, Form(mixed(CountsCalls, module), {})))
+    return forms
+
+
+def _that_run(operations: list[Operation], calibration: Calibration) -> tuple[Operation, ...]:
+    """The operations with those left global that would break the network at a larger size.
+
+    All together first; only if that fails, one after the other, which names the culprits.
+    """
+    shadow = calibration.shadow
+    larger = shadow.enlarged(calibration.inputs, 2)
+    wanted = _result(shadow, larger)
+    if isinstance(wanted, Exception) or operations[0].name == "":
+        return tuple(operations)  # it takes no other size, or is itself the one operation
+    if _trial(operations, shadow, larger) == wanted:
+        return tuple(operations)
+    accepted: list[Operation] = []
+    for op in operations:
+        if op.form is not None:
+            result = _trial([*accepted, op], shadow, larger)
+            if result != wanted:
+                op = replace(op, form=None, windows=(), reason=_blame(result))
+        accepted.append(op)
+    return tuple(accepted)
+
+
+def _trial(operations: Sequence[Operation], shadow: Shadow, inputs: tuple[Any, ...]) -> Any:
+    """Shapes that the shadow gives with these operations local."""
+    there = [replace(op, module=shadow.module.get_submodule(op.name)) for op in operations]
+    taken = [(part, take_form(part, form)) for part, form in _forms(shadow.module, there)]
+    try:
+        return _result(shadow, inputs)
+    finally:
+        for part, original in reversed(taken):
+            take_form(part, original)
+
+
+def _result(shadow: Shadow, inputs: tuple[Any, ...]) -> Any:
+    try:
+        return _shapes(shadow.run(inputs))
+    except Exception as error:  # noqa: BLE001 - a stranger's network may raise anything
+        return error
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    if isinstance(value, dict):
+        return {key: _shapes(v) for key, v in value.items()}
+    return [_shapes(v) for v in value] if isinstance(value, list | tuple) else None
+
+
+def _blame(result: Any) -> str:
+    if isinstance(result, Exception):
+        return f"what follows takes one value a channel, not a map ({first_words(result, 110)})"
+    return "as a map it would change the shape of the network's output"

@@ -1,0 +1,145 @@
+"""Rules: which modules are global operations, and the local form of each.
+
+A rule is a function that looks at a module and returns None (not mine), a class to mix into it
+(its local form) or a sentence (global, but it stays so, and why). Rules go by what a module
+computes: a subclass with a forward of its own is not the module that a rule knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fullres.local.forms import LocalModule, covers
+from fullres.ops.box import local_mean, local_mean_var
+
+
+class LocalAvgPool2d(LocalModule, nn.AdaptiveAvgPool2d):
+    """Average pooling to 1 × 1, made local: (B, C, H, W) to a map of means of the same size.
+
+    Where the window covers the map, the result is the global mean, (B, C, 1, 1).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        window = self.local_window()
+        if covers(window, x):
+            return super().forward(x)
+        if x.dim() == 3:
+            return local_mean(x[None], window)[0]
+        return local_mean(x, window)
+
+
+class LocalInstanceNorm2d(LocalModule, nn.InstanceNorm2d):
+    """Instance normalisation with the statistics of the window around each position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        window = self.local_window()
+        if covers(window, x):
+            return super().forward(x)
+        wide = _at_least_float32(x if x.dim() == 4 else x[None])
+        mean, var = local_mean_var(wide, window)
+        y = _normalised(wide, mean, var, self.eps, self.weight, self.bias).to(x.dtype)
+        return y if x.dim() == 4 else y[0]
+
+
+class LocalGroupNorm(LocalModule, nn.GroupNorm):
+    """Group normalisation with the statistics of the window around each position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        window = self.local_window()
+        if covers(window, x):
+            return super().forward(x)
+        batch, channels, height, width = x.shape
+        per_group = channels // self.num_groups
+        wide = _at_least_float32(x)
+        grouped = wide.reshape(batch, self.num_groups, per_group, height, width)
+        # over channels first, so that one map a group is averaged; the variance within the window
+        # is the mean of the variances over channels and the variance of the means
+        var_within, mean_within = torch.var_mean(grouped, dim=2, correction=0)
+        mean, var_between = local_mean_var(mean_within, window)
+        var = local_mean(var_within, window) + var_between
+        mean, var = (m.repeat_interleave(per_group, 1) for m in (mean, var))
+        return _normalised(wide, mean, var, self.eps, self.weight, self.bias).to(x.dtype)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _normalised(
+    x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight[:, None, None]
+    y = (x - mean) * scale
+    return y if bias is None else y + bias[:, None, None]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of global operation."""
+
+    kind: str
+    """What a report calls it."""
+    look: Callable[[nn.Module], type | str | None]
+    """Local form of the module, or why it stays global, or None where the rule does not apply."""
+    dims: tuple[int, ...] = (4,)
+    """Numbers of dimensions that its local form takes."""
+
+
+def _computes_as(module: nn.Module, cls: type[nn.Module]) -> bool:
+    return isinstance(module, cls) and type(module).forward is cls.forward
+
+
+def _average_pool(module: nn.Module) -> type | str | None:
+    if not _computes_as(module, nn.AdaptiveAvgPool2d):
+        return None
+    size = module.output_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    if (height, width) == (1, 1):
+        return LocalAvgPool2d
+    if height is None and width is None:
+        return None
+    shape = " × ".join("the input's" if n is None else str(n) for n in (height, width))
+    return f"pools to {shape}, not to 1 × 1"
+
+
+def _max_pool(module: nn.Module) -> type | str | None:
+    if _computes_as(module, nn.AdaptiveMaxPool2d):
+        return "there is no local form of adaptive max pooling yet"
+    return None
+
+
+def _instance_norm(module: nn.Module) -> type | str | None:
+    if not _computes_as(module, nn.InstanceNorm2d):
+        return None
+    if module.track_running_stats:
+        return "normalises with running statistics, which are the same for every picture size"
+    return LocalInstanceNorm2d
+
+
+def _group_norm(module: nn.Module) -> type | str | None:
+    return LocalGroupNorm if _computes_as(module, nn.GroupNorm) else None
+
+
+def _batch_norm(module: nn.Module) -> type | str | None:
+    if _computes_as(module, nn.BatchNorm2d) and not module.track_running_stats:
+        return "normalises over the batch as well, which has no window"
+    return None
+
+
+RULES = (
+    Rule("average pool", _average_pool, dims=(3, 4)),
+    Rule("max pool", _max_pool),
+    Rule("instance norm", _instance_norm, dims=(3, 4)),
+    Rule("group norm", _group_norm),
+    Rule("batch norm", _batch_norm),
+)
+"""All rules; the first that applies to a module is its rule."""
+
+SOUGHT = "average pooling to 1 × 1, instance norm, group norm, modules with a `to_local` method"
+"""What the rules can make local, in words."""

@@ -1,0 +1,214 @@
+"""Local mean and variance of feature maps: the operation that test-time local conversion needs.
+
+For a map of H × W and a window kh × kw, clipped to the map: statistics over every fully contained
+window at stride 1, then edge replication back to H × W, with (kh - 1) // 2 rows on top and the
+rest below, columns alike (TLC: Chu et al., ECCV 2022, section 4.2).
+
+The custom operators `fullres::local_mean` and `fullres::local_mean_var` have a fast kernel on the
+CPU and the reference elsewhere, shapes for `torch.compile` and `torch.export`, and derivatives
+of any order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def local_mean(x: Tensor, window: tuple[int, int], *, replicate: bool = True) -> Tensor:
+    """Mean over the window around every position.
+
+    Args:
+        x: maps (B, C, H, W) of a floating-point type, any values, any strides.
+        window: height and width of the window in positions, clipped to H and W.
+        replicate: extend the windows that the map contains to H × W; otherwise return those
+            alone, (B, C, H - kh + 1, W - kw + 1).
+
+    Returns:
+        Means in the type and memory format of `x`, summed in float64. One rounding away from
+        exact, plus about 1e-16 of the plane's largest magnitude. A NaN or infinity reaches the
+        positions after it.
+
+    Raises:
+        ValueError: `x` is not a batch of floating-point maps or the window is below 1.
+
+    >>> local_mean(torch.arange(5.0).reshape(1, 1, 1, 5), (1, 3))
+    tensor([[[[1., 1., 2., 3., 3.]]]])
+    """
+    kh, kw = _clipped(x, window)
+    mean: Tensor = torch.ops.fullres.local_mean(x, kh, kw, replicate)
+    return mean
+
+
+def local_mean_var(x: Tensor, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over the window around every position.
+
+    Shapes, types and errors as `local_mean`; the variance is never negative, and is summed about
+    a value of the plane, so that a large mean costs it no digits.
+
+    >>> local_mean_var(torch.tensor([1.0, 3.0, 3.0]).reshape(1, 1, 1, 3), (1, 2))[1].flatten()
+    tensor([1., 0., 0.])
+    """
+    kh, kw = _clipped(x, window)
+    mean, var = torch.ops.fullres.local_mean_var(x, kh, kw)
+    return mean, var
+
+
+def local_mean_reference(x: Tensor, window: tuple[int, int], *, replicate: bool = True) -> Tensor:
+    """`local_mean` in plain torch: differences of cumulative sums, in float64 where there is one.
+
+    Differentiable by itself, on any device; takes several float64 copies of the map.
+    """
+    kh, kw = _clipped(x, window)
+    wide = _wide(x)
+    # about a value of the plane, which keeps the digits where there is no float64
+    pivot = wide[..., :1, :1].detach()
+    mean = (_window_sums(wide - pivot, kh, kw) / (kh * kw) + pivot).to(x.dtype)
+    return _replicated(mean, x.shape, kh, kw) if replicate else mean
+
+
+def local_mean_var_reference(x: Tensor, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """`local_mean_var` in plain torch."""
+    kh, kw = _clipped(x, window)
+    wide = _wide(x)
+    pivot = wide[..., :1, :1].detach()
+    centre = _window_sums(wide - pivot, kh, kw) / (kh * kw)
+    square = _window_sums((wide - pivot).square(), kh, kw) / (kh * kw)
+    var = (square - centre.square()).clamp_min(0)
+    mean = (centre + pivot).to(x.dtype)
+    return _replicated(mean, x.shape, kh, kw), _replicated(var.to(x.dtype), x.shape, kh, kw)
+
+
+def _clipped(x: Tensor, window: tuple[int, int]) -> tuple[int, int]:
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"expected floating-point maps (B, C, H, W), got {x.dtype} {[*x.shape]}")
+    kh, kw = window
+    if kh < 1 or kw < 1:
+        raise ValueError(f"a window is at least 1 × 1, got {kh} × {kw}")
+    return min(kh, x.shape[2]), min(kw, x.shape[3])
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def _window_sums(x: Tensor, kh: int, kw: int) -> Tensor:
+    """Sums over contained windows, (B, C, H - kh + 1, W - kw + 1)."""
+    for dim, k in ((2, kh), (3, kw)):
+        sums = F.pad(x.cumsum(dim), (1, 0) if dim == 3 else (0, 0, 1, 0))
+        x = sums.narrow(dim, k, sums.shape[dim] - k) - sums.narrow(dim, 0, sums.shape[dim] - k)
+    return x
+
+
+def _replicated(x: Tensor, shape: torch.Size, kh: int, kw: int) -> Tensor:
+    bottom, right = shape[2] - x.shape[2] - (kh - 1) // 2, shape[3] - x.shape[3] - (kw - 1) // 2
+    return F.pad(x, ((kw - 1) // 2, right, (kh - 1) // 2, bottom), mode="replicate")
+
+
+def _result_shape(x: Tensor, kh: int, kw: int, replicate: bool) -> tuple[int, ...]:
+    b, c, h, w = x.shape
+    return (b, c, h, w) if replicate else (b, c, h - kh + 1, w - kw + 1)
+
+
+def _result(x: Tensor, kh: int, kw: int, replicate: bool) -> Tensor:
+    """Room for a result in the memory format of `x`."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    pixels_contiguous = channels_last or (x.shape[1] > 1 and x.stride(1) == 1 != x.stride(3))
+    return torch.empty(
+        _result_shape(x, kh, kw, replicate),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if pixels_contiguous else torch.contiguous_format,
+    )
+
+
+@torch.library.custom_op("fullres::local_mean", mutates_args=())
+def _local_mean(x: Tensor, kh: int, kw: int, replicate: bool) -> Tensor:
+    out = _result(x, kh, kw, replicate)
+    return out.copy_(local_mean_reference(x, (kh, kw), replicate=replicate))
+
+
+@_local_mean.register_kernel("cpu")
+def _local_mean_cpu(x: Tensor, kh: int, kw: int, replicate: bool) -> Tensor:
+    from fullres.ops import box_cpu
+
+    out = _result(x, kh, kw, replicate)
+    if x.numel():
+        box_cpu.local_mean(x, kh, kw, replicate, out)
+    return out
+
+
+_local_mean.register_fake(_result)
+
+
+@torch.library.custom_op("fullres::local_mean_var", mutates_args=())
+def _local_mean_var(x: Tensor, kh: int, kw: int) -> tuple[Tensor, Tensor]:
+    mean, var = _result(x, kh, kw, True), _result(x, kh, kw, True)
+    exact_mean, exact_var = local_mean_var_reference(x, (kh, kw))
+    return mean.copy_(exact_mean), var.copy_(exact_var)
+
+
+@_local_mean_var.register_kernel("cpu")
+def _local_mean_var_cpu(x: Tensor, kh: int, kw: int) -> tuple[Tensor, Tensor]:
+    from fullres.ops import box_cpu
+
+    mean, var = _result(x, kh, kw, True), _result(x, kh, kw, True)
+    if x.numel():
+        box_cpu.local_mean_var(x, kh, kw, True, mean, var)
+    return mean, var
+
+
+@_local_mean_var.register_fake
+def _local_mean_var_fake(x: Tensor, kh: int, kw: int) -> tuple[Tensor, Tensor]:
+    return _result(x, kh, kw, True), _result(x, kh, kw, True)
+
+
+def _adjoint(grad: Tensor, shape: torch.Size, kh: int, kw: int, replicate: bool) -> Tensor:
+    """Transpose of the local mean, itself a local mean: of the gradient in a border of zeros."""
+    if replicate:
+        grad = _folded(grad, 2, (kh - 1) // 2, shape[2] - kh + 1)
+        grad = _folded(grad, 3, (kw - 1) // 2, shape[3] - kw + 1)
+    padded = F.pad(grad, (kw - 1, kw - 1, kh - 1, kh - 1))
+    return local_mean(padded, (kh, kw), replicate=False)
+
+
+def _folded(grad: Tensor, dim: int, before: int, windows: int) -> Tensor:
+    """Add the gradient of replicated edges to the windows that they replicate."""
+    after = grad.shape[dim] - before - windows
+    first = grad.narrow(dim, 0, before + 1).sum(dim, keepdim=True)
+    last = grad.narrow(dim, grad.shape[dim] - after - 1, after + 1).sum(dim, keepdim=True)
+    if windows == 1:
+        return grad.sum(dim, keepdim=True)
+    return torch.cat([first, grad.narrow(dim, before + 1, windows - 2), last], dim)
+
+
+def _keep_shape(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *ctx.options = inputs
+    ctx.shape = x.shape
+
+
+def _local_mean_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _adjoint(grad, ctx.shape, *ctx.options), None, None, None
+
+
+def _keep_map(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, ctx.kh, ctx.kw = inputs
+    ctx.save_for_backward(x, output[0])
+
+
+def _local_mean_var_backward(
+    ctx: Any, grad_mean: Tensor, grad_var: Tensor
+) -> tuple[Tensor | None, ...]:
+    x, mean = ctx.saved_tensors
+    pivot = x[..., :1, :1].detach()
+    window = (x.shape, ctx.kh, ctx.kw, True)
+    # d var / d x = 2 (x - mean) / n, both about the pivot to keep their digits
+    grad = _adjoint(grad_mean - 2 * grad_var * (mean - pivot), *window)
+    return grad + 2 * (x - pivot) * _adjoint(grad_var, *window), None, None
+
+
+_local_mean.register_autograd(_local_mean_backward, setup_context=_keep_shape)
+_local_mean_var.register_autograd(_local_mean_var_backward, setup_context=_keep_map)
