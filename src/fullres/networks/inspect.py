@@ -1,0 +1,72 @@
+"""Plain-text reports about one network and about all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from fullres.networks.catalog import bundled, networks, open_network
+from fullres.networks.spec import Network
+
+
+def describe(network: Network) -> str:
+    """What is known of a network, one fact a line.
+
+    >>> from fullres.networks.catalog import create_network
+    >>> print(describe(create_network("nafnet", width=8)))
+    architecture     NAFNet (nafnet)
+    hyperparameters  img_channel=3, width=8, middle_blk_num=1, enc_blk_nums=[1, 1, 1, 28], ...
+    parameters       1,121,883
+    ...
+    """
+    spec = network.spec
+    architecture = networks()[spec.architecture]
+    facts = {
+        "architecture": f"{architecture.title} ({architecture.name})",
+        "hyperparameters": ", ".join(f"{k}={_plain(v)}" for k, v in spec.hyperparameters.items()),
+        "parameters": f"{sum(p.numel() for p in network.module.parameters()):,}",
+        "task": spec.task or f"unknown (published for {', '.join(architecture.tasks)})",
+        "training size": f"{spec.train_size} by {spec.train_size} pixels",
+        "input multiple": f"{spec.multiple} pixels (other sizes are padded and cropped)",
+        "scale": f"{spec.scale}",
+        "channels": f"{spec.in_channels} in, {spec.out_channels} out",
+        "paper": architecture.paper,
+        "authors": architecture.authors,
+        "published at": f"{architecture.weights}, licence {architecture.licence}",
+    }
+    if spec.frames_lost is not None:
+        facts["frames lost"] = "{} at the start, {} at the end".format(*spec.frames_lost)
+    return _table(facts.items())
+
+
+def networks_table(folder: str | os.PathLike[str] | None = None) -> str:
+    """The architectures, and the bundled weights (or those in `folder`), one a line."""
+    header = ("network", "title", "tasks", "trained on", "licence", "published weights")
+    rows = [
+        (a.name, a.title, ", ".join(a.tasks), f"{a.train_size}", a.licence, a.weights)
+        for a in networks().values()
+    ]
+    names = bundled(folder)
+    opened = [open_network(name, folder=folder).spec for name in names]
+    weights = [
+        (name, spec.architecture, spec.task or "unknown", f"{spec.train_size}")
+        for name, spec in zip(names, opened, strict=True)
+    ]
+    bundle = _table([("bundled weights", "network", "task", "trained on"), *weights])
+    return f"{_table([header, *rows])}\n\n{bundle if weights else 'bundled weights: none'}"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_plain, value))}]"
+    return str(value)
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> str:
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+    return "\n".join(lines)

@@ -1,0 +1,48 @@
+"""Layers that several networks share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerNorm2d(nn.Module):
+    """Layer norm over the channels of each pixel, with weight and bias.
+
+    Shapes: (B, C, H, W) to the same, memory format kept.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # channels-last memory makes the permuted view contiguous, so this is one fused pass there
+        y = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
+        return y.permute(0, 3, 1, 2)
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Extend (B, C, H, W) at the bottom and right, by reflection, to a multiple of `multiple`.
+
+    A side too short to reflect as far as needed is reflected back and forth; a side of one
+    pixel is repeated.
+    """
+    height, width = x.shape[-2:]
+    bottom, right = -height % multiple, -width % multiple
+    if bottom >= height:
+        x, bottom = x.index_select(-2, _reflected(height, height + bottom, x.device)), 0
+    if right >= width:
+        x, right = x.index_select(-1, _reflected(width, width + right, x.device)), 0
+    if bottom or right:
+        x = F.pad(x, (0, right, 0, bottom), mode="reflect")
+    return x
+
+
+def _reflected(length: int, wanted: int, device: torch.device) -> Tensor:
+    period = max(2 * (length - 1), 1)
+    position = torch.arange(wanted, device=device) % period
+    return torch.minimum(position, period - position)

@@ -1,0 +1,150 @@
+"""NAFNet: *Simple Baselines for Image Restoration* (Chen, Chu, Zhang, Sun; ECCV 2022).
+
+A U-Net without non-linear activations: layer norm, depthwise convolution, a multiplicative gate
+and simplified channel attention, whose pooled mean is the network's global operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fullres.networks.layers import LayerNorm2d, pad_to_multiple
+from fullres.networks.spec import Architecture, Spec, State, count
+
+
+class SimpleGate(nn.Module):
+    """Product of the two halves of the channels: (B, 2C, H, W) to (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=1)
+        return a * b
+
+
+class NAFBlock(nn.Module):
+    """Gated depthwise convolution with channel attention, then a gated feed-forward part."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        expanded = 2 * channels
+        self.norm1 = LayerNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, expanded, 1)
+        self.conv2 = nn.Conv2d(expanded, expanded, 3, padding=1, groups=expanded)
+        self.gate = SimpleGate()
+        self.sca = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, channels, 1))
+        self.conv3 = nn.Conv2d(channels, channels, 1)
+        self.norm2 = LayerNorm2d(channels)
+        self.conv4 = nn.Conv2d(channels, expanded, 1)
+        self.conv5 = nn.Conv2d(channels, channels, 1)
+        self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.gamma = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.gate(self.conv2(self.conv1(self.norm1(x))))
+        x = x + self.conv3(y * self.sca(y)) * self.beta
+        y = self.conv5(self.gate(self.conv4(self.norm2(x))))
+        return x + y * self.gamma
+
+
+class NAFNet(nn.Module):
+    """NAFNet (section 3): (B, img_channel, H, W) to the same shape, values in [0, 1], any H and W.
+
+    Args:
+        img_channel: channels of the picture.
+        width: channels at full resolution; doubled at every level.
+        middle_blk_num: blocks at the lowest resolution.
+        enc_blk_nums: blocks of each encoder level, from full resolution down.
+        dec_blk_nums: blocks of each decoder level, from the lowest resolution up.
+    """
+
+    def __init__(
+        self,
+        img_channel: int = 3,
+        width: int = 32,
+        middle_blk_num: int = 1,
+        enc_blk_nums: Sequence[int] = (1, 1, 1, 28),
+        dec_blk_nums: Sequence[int] = (1, 1, 1, 1),
+    ) -> None:
+        super().__init__()
+        if not 1 <= len(enc_blk_nums) == len(dec_blk_nums):
+            raise ValueError(
+                "enc_blk_nums and dec_blk_nums must have the same number of levels, at least 1, "
+                f"not {len(enc_blk_nums)} and {len(dec_blk_nums)}"
+            )
+        if min(img_channel, width) < 1 or min(middle_blk_num, *enc_blk_nums, *dec_blk_nums) < 0:
+            raise ValueError("img_channel and width must be positive, and no number of blocks < 0")
+        self.multiple = 2 ** len(enc_blk_nums)
+        self.intro = nn.Conv2d(img_channel, width, 3, padding=1)
+        self.ending = nn.Conv2d(width, img_channel, 3, padding=1)
+        self.encoders = nn.ModuleList()
+        self.decoders = nn.ModuleList()
+        self.ups = nn.ModuleList()
+        self.downs = nn.ModuleList()
+        channels = width
+        for blocks in enc_blk_nums:
+            self.encoders.append(nn.Sequential(*(NAFBlock(channels) for _ in range(blocks))))
+            self.downs.append(nn.Conv2d(channels, 2 * channels, 2, stride=2))
+            channels *= 2
+        self.middle_blks = nn.Sequential(*(NAFBlock(channels) for _ in range(middle_blk_num)))
+        for blocks in dec_blk_nums:
+            up = nn.Conv2d(channels, 2 * channels, 1, bias=False)
+            self.ups.append(nn.Sequential(up, nn.PixelShuffle(2)))
+            channels //= 2
+            self.decoders.append(nn.Sequential(*(NAFBlock(channels) for _ in range(blocks))))
+
+    def forward(self, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        image = pad_to_multiple(image, self.multiple)
+        x: Tensor = self.intro(image)
+        skips = []
+        for encoder, down in zip(self.encoders, self.downs, strict=True):
+            x = encoder(x)
+            skips.append(x)
+            x = down(x)
+        x = self.middle_blks(x)
+        for up, decoder in zip(self.ups, self.decoders, strict=True):
+            x = decoder(up(x) + skips.pop())
+        x = self.ending(x) + image
+        return x[..., :height, :width]
+
+
+def _hyperparameters(state: State) -> dict[str, Any] | None:
+    intro = state.get("intro.weight")
+    if intro is None or intro.ndim != 4 or not any(".sca.1." in name for name in state):
+        return None
+    levels = range(count(state, "downs."))
+    return {
+        "img_channel": intro.shape[1],
+        "width": intro.shape[0],
+        "middle_blk_num": count(state, "middle_blks."),
+        "enc_blk_nums": tuple(count(state, f"encoders.{level}.") for level in levels),
+        "dec_blk_nums": tuple(count(state, f"decoders.{level}.") for level in levels),
+    }
+
+
+def _spec(hyperparameters: Mapping[str, Any]) -> Spec:
+    return Spec(
+        architecture="nafnet",
+        hyperparameters=hyperparameters,
+        in_channels=hyperparameters["img_channel"],
+        out_channels=hyperparameters["img_channel"],
+        multiple=2 ** len(hyperparameters["enc_blk_nums"]),
+    )
+
+
+ARCHITECTURE = Architecture(
+    name="nafnet",
+    title="NAFNet",
+    paper="Simple Baselines for Image Restoration, ECCV 2022",
+    authors="Liangyu Chen, Xiaojie Chu, Xiangyu Zhang, Jian Sun",
+    weights="https://github.com/megvii-research/NAFNet (docs/GoPro.md, docs/SIDD.md)",
+    licence="MIT",
+    tasks=("deblur", "denoise"),
+    train_size=256,
+    build=NAFNet,
+    hyperparameters=_hyperparameters,
+    spec=_spec,
+)

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fullres.networks.catalog import create_network
+from fullres.networks.nafnet import ARCHITECTURE, NAFNet
+
+SMALL = {"width": 4, "middle_blk_num": 1, "enc_blk_nums": (1, 1), "dec_blk_nums": (1, 1)}
+SIDD = {"enc_blk_nums": (2, 2, 4, 8), "middle_blk_num": 12, "dec_blk_nums": (2, 2, 2, 2)}
+
+
+@pytest.fixture
+def small() -> NAFNet:
+    """A small network whose blocks act: beta and gamma, zero at the start, are drawn."""
+    torch.manual_seed(0)
+    network = NAFNet(**SMALL).eval()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith(("beta", "gamma")):
+                parameter.normal_()
+    return network
+
+
+def test_reference_output_in_float64(golden):
+    case = golden("nafnet")
+    network = create_network("nafnet", **case.config).module.double()
+    network.load_state_dict(case.state)
+    with torch.no_grad():
+        output = network(case.input)
+    assert (output - case.outputs[0]).abs().max() < 1e-6
+
+
+def test_reference_output_in_float32(golden):
+    case = golden("nafnet")
+    network = create_network("nafnet", **case.config).module
+    network.load_state_dict(case.state)
+    with torch.no_grad():
+        output = network(case.input.float())
+    assert (output - case.outputs[0]).abs().max() < 1e-4 * case.outputs[0].abs().max()
+
+
+def test_names_and_shapes_are_those_of_published_checkpoints(golden):
+    case = golden("nafnet")
+    state = create_network("nafnet", **case.config).module.state_dict()
+    assert {name: tuple(value.shape) for name, value in state.items()} == case.parameters
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "millions"),
+    [
+        pytest.param({"width": 32}, 17.1, id="GoPro width 32"),
+        pytest.param({"width": 64}, 67.9, id="GoPro width 64"),
+        pytest.param({"width": 32, **SIDD}, 29.2, id="SIDD width 32"),
+        pytest.param({"width": 64, **SIDD}, 116.0, id="SIDD width 64"),
+    ],
+)
+def test_parameter_counts_of_published_configurations(hyperparameters, millions):
+    with torch.device("meta"):
+        network = NAFNet(**hyperparameters)
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == millions
+
+
+@settings(deadline=None, max_examples=50)
+@given(data=st.data(), levels=st.integers(1, 4))
+def test_hyperparameters_are_read_back_from_names_and_shapes(data, levels):
+    blocks = st.lists(st.integers(0, 12), min_size=levels, max_size=levels).map(tuple)
+    hyperparameters = {
+        "img_channel": data.draw(st.integers(1, 6)),
+        "width": data.draw(st.integers(1, 70)),
+        "middle_blk_num": data.draw(st.integers(1, 12)),
+        "enc_blk_nums": data.draw(blocks),
+        "dec_blk_nums": data.draw(blocks),
+    }
+    with torch.device("meta"):
+        state = NAFNet(**hyperparameters).state_dict()
+    assert ARCHITECTURE.hyperparameters(state) == hyperparameters
+
+
+@settings(deadline=None, max_examples=20)
+@given(height=st.integers(1, 20), width=st.integers(1, 20))
+def test_any_size_is_restored_at_its_own_size(height, width):
+    network = NAFNet(**SMALL)
+    with torch.no_grad():
+        assert network(torch.rand(1, 3, height, width)).shape == (1, 3, height, width)
+
+
+def test_padding_is_reflection_at_the_bottom_and_right(small):
+    picture = torch.rand(1, 3, 13, 18)
+    rows = torch.tensor([*range(13), 11, 10, 9])
+    columns = torch.tensor([*range(18), 16, 15])
+    padded = picture[:, :, rows][:, :, :, columns]
+    with torch.no_grad():
+        torch.testing.assert_close(small(picture), small(padded)[..., :13, :18])
+
+
+def test_a_batch_is_restored_picture_by_picture(small):
+    pictures = torch.rand(2, 3, 24, 17)
+    with torch.no_grad():
+        alone = torch.cat([small(pictures[:1]), small(pictures[1:])])
+        torch.testing.assert_close(small(pictures), alone)
+
+
+def test_grey_pictures():
+    network = create_network("nafnet", img_channel=1, **SMALL)
+    assert (network.spec.in_channels, network.spec.out_channels) == (1, 1)
+    with torch.no_grad():
+        assert network.module(torch.rand(1, 1, 9, 8)).shape == (1, 1, 9, 8)
+
+
+def test_channels_last_equals_contiguous(small):
+    picture = torch.rand(1, 3, 33, 20)
+    with torch.no_grad():
+        expected = small(picture)
+        small.to(memory_format=torch.channels_last)
+        output = small(picture.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float32, 1e-5)])
+def test_lower_precision_is_as_good_as_its_rounding(small, dtype, tolerance):
+    picture = torch.rand(1, 3, 24, 24, dtype=torch.float64)
+    with torch.no_grad():
+        exact = small.double()(picture)
+        output = small.to(dtype)(picture.to(dtype))
+    assert output.dtype == dtype
+    assert (output.double() - exact).abs().max() < tolerance * exact.abs().max()
+
+
+def test_exports(small):
+    picture = torch.rand(1, 3, 21, 16)
+    exported = torch.export.export(small, (picture,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(picture), small(picture))
+
+
+def test_spec():
+    spec = create_network("nafnet", width=8).spec
+    assert (spec.multiple, spec.scale, spec.train_size) == (16, 1, 256)
+    assert spec.task is None
+    assert spec.hyperparameters["enc_blk_nums"] == (1, 1, 1, 28)
+
+
+@pytest.mark.parametrize(
+    "hyperparameters",
+    [
+        {"width": 0},
+        {"img_channel": 0},
+        {"middle_blk_num": -1},
+        {"enc_blk_nums": [], "dec_blk_nums": []},
+        {"enc_blk_nums": [1, 1]},
+        {"enc_blk_nums": [1, -1], "dec_blk_nums": [1, 1]},
+    ],
+)
+def test_impossible_hyperparameters(hyperparameters):
+    with pytest.raises(ValueError, match=r"img_channel|levels"):
+        NAFNet(**hyperparameters)
