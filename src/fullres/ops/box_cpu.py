@@ -25,8 +25,11 @@ from torch import Tensor
 
 _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
-LANES = 16
-"""Channels that the channels-last kernels sum together: two vectors of eight float64."""
+HALF_CHANNELS = 16
+"""Channels of half precision that are widened to float32 at a time."""
+
+SUMS = 3 * 2**18
+"""Bytes of column sums that a channels-last job keeps, to stay in a core's own cache."""
 
 
 def local_mean(x: Tensor, kh: int, kw: int, replicate: bool, out: Tensor) -> None:
@@ -50,12 +53,12 @@ def _run(
 ) -> None:
     if x.dtype in (torch.float16, torch.bfloat16):
         # a few channels at a time in float32, so that no full copy of the map is held
-        for first in range(0, x.shape[1], LANES):
-            part = x[:, first : first + LANES].float()
-            parts = tuple(o[:, first : first + LANES].float() for o in outs)
+        for first in range(0, x.shape[1], HALF_CHANNELS):
+            part = x[:, first : first + HALF_CHANNELS].float()
+            parts = tuple(o[:, first : first + HALF_CHANNELS].float() for o in outs)
             _run(by_rows, by_pixels, part, parts, kh, kw, replicate)
             for o, computed in zip(outs, parts, strict=True):
-                o[:, first : first + LANES] = computed
+                o[:, first : first + HALF_CHANNELS] = computed
         return
     pixels_contiguous = x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) != 1
     kernel = by_pixels if pixels_contiguous else by_rows
@@ -68,16 +71,37 @@ def _run(
     strides = [np.array(t.stride()) for t in (x, *targets)]
     shape = np.array(x.shape)
     window = np.array([kh, kw, int(replicate)])
-    groups = x.shape[0] * (-(-x.shape[1] // LANES) if pixels_contiguous else x.shape[1])
+    threads = torch.get_num_threads()
+    lanes = _lanes(x.shape[3], x.shape[1]) if pixels_contiguous else 1
+    groups = x.shape[0] * -(-x.shape[1] // lanes)
     jobs = [
-        (kernel, *flat, *strides, shape, window, group, first, last)
-        for group in _split(groups, 4 * torch.get_num_threads())
-        for first, last in _split(x.shape[2] - kh + 1, -(-torch.get_num_threads() // groups))
+        (kernel, *flat, *strides, shape, window, lanes, group, first, last)
+        for group in _split(groups, 4 * threads)
+        for first, last in _split(x.shape[2] - kh + 1, -(-threads // groups))
     ]
     _spread(jobs)
     for o, target in zip(outs, targets, strict=True):
+        if replicate and pixels_contiguous:
+            _replicate_rows(target, (kh - 1) // 2, x.shape[2] - kh + 1)
         if o is not target:
             o.copy_(target)
+
+
+def _lanes(width: int, channels: int) -> int:
+    """Channels that a channels-last job sums together: whole pixels where the cache allows.
+
+    Memory is read in order only if a job takes all channels of a pixel, which gains more than jobs
+    of other rows lose by first summing a whole window of rows each.
+    """
+    parts = -(-8 * width * channels // SUMS)
+    lanes: int = -(-channels // parts)
+    return min(channels, -(-lanes // 16) * 16)
+
+
+def _replicate_rows(out: Tensor, top: int, windows: int) -> None:
+    """Copy the first row of windows to the rows above, the last one to the rows below."""
+    out[:, :, :top] = out[:, :, top : top + 1]
+    out[:, :, top + windows :] = out[:, :, top + windows - 1 : top + windows]
 
 
 def _flat(x: Tensor) -> Any:
@@ -119,11 +143,12 @@ if hasattr(os, "register_at_fork"):
 
 # The kernels. All take: the map and the results as flat memory, their strides (B, C, H, W), the
 # shape, (kh, kw, replicate), the run of planes or channel groups, and the run of window rows.
-# Each job owns its rows of windows, and the first and the last job the border above and below.
+# Each job owns its rows of windows; where rows are contiguous, the first and the last job also own
+# the border above and below.
 
 
 @_jit
-def _mean_rows(x, out, xs, os_, shape, window, group, first, last):
+def _mean_rows(x, out, xs, os_, shape, window, lanes, group, first, last):
     width, kh, kw = shape[3], window[0], window[1]
     top, left = _margins(window)
     scale = 1.0 / (kh * kw)
@@ -156,7 +181,7 @@ def _mean_rows(x, out, xs, os_, shape, window, group, first, last):
 
 
 @_jit
-def _mean_var_rows(x, mean, var, xs, ms, vs, shape, window, group, first, last):
+def _mean_var_rows(x, mean, var, xs, ms, vs, shape, window, lanes, group, first, last):
     width, kh, kw = shape[3], window[0], window[1]
     top, left = _margins(window)
     scale = 1.0 / (kh * kw)
@@ -233,171 +258,165 @@ def _replicate_edge(out, target, stride, width, height, window, i):
 
 
 @_jit
-def _mean_pixels(x, out, xs, os_, shape, window, group, first, last):
+def _mean_pixels(x, out, xs, os_, shape, window, lanes, group, first, last):
     width, kh, kw = shape[3], window[0], window[1]
     top, left = _margins(window)
-    scale = 1.0 / (kh * kw)
-    blocks = (shape[1] + LANES - 1) // LANES
-    column = np.empty(width * LANES)
-    total = np.empty(LANES)
+    blocks = (shape[1] + lanes - 1) // lanes
     for index in range(group[0], group[1]):
-        channel = index % blocks * LANES
-        lanes = min(LANES, shape[1] - channel)
+        channel = index % blocks * lanes
+        some = min(lanes, shape[1] - channel)
         start = index // blocks * xs[0] + channel
         target = index // blocks * os_[0] + channel
-        column[:] = 0.0
+        column, total = np.zeros(width * some), np.empty(some)
         for r in range(first, first + kh):
-            _add_row(column, x[start + r * xs[2] :], xs[3], width, lanes)
+            _add_row(column, x[start + r * xs[2] :], xs[3], width, some)
         for i in range(first, last):
             at = target + (top + i) * os_[2]
-            _slide(column, total, out[at + left * os_[3] :], os_[3], width, kw, lanes, scale)
+            _slide(column, total, out[at + left * os_[3] :], os_[3], width, kw, some, 1 / (kh * kw))
             if window[2]:
-                _replicate_pixels(out, target, os_, shape, window, i, lanes)
+                _replicate_columns(out, at, os_[3], left, width, kw, some)
             if i + 1 < last:
                 entering, leaving = x[start + (i + kh) * xs[2] :], x[start + i * xs[2] :]
-                _exchange_row(column, entering, leaving, xs[3], width, lanes)
+                _exchange_row(column, entering, leaving, xs[3], width, some)
 
 
 @_jit
-def _mean_var_pixels(x, mean, var, xs, ms, vs, shape, window, group, first, last):
+def _mean_var_pixels(x, mean, var, xs, ms, vs, shape, window, lanes, group, first, last):
     width, kh, kw = shape[3], window[0], window[1]
     top, left = _margins(window)
-    blocks = (shape[1] + LANES - 1) // LANES
-    column, squares = np.empty(width * LANES), np.empty(width * LANES)
-    pivot, total, square = np.zeros(LANES), np.empty(LANES), np.empty(LANES)
+    blocks = (shape[1] + lanes - 1) // lanes
     for index in range(group[0], group[1]):
-        channel = index % blocks * LANES
-        lanes = min(LANES, shape[1] - channel)
+        channel = index % blocks * lanes
+        some = min(lanes, shape[1] - channel)
         start = index // blocks * xs[0] + channel
         mean_target = index // blocks * ms[0] + channel
         var_target = index // blocks * vs[0] + channel
-        pivot[:lanes] = x[start : start + lanes]
-        column[:] = 0.0
-        squares[:] = 0.0
+        pivot = x[start : start + some].astype(np.float64)
+        column, squares = np.zeros(width * some), np.zeros(width * some)
+        total, square = np.empty(some), np.empty(some)
         for r in range(first, first + kh):
-            _add_row_squares(column, squares, x[start + r * xs[2] :], pivot, xs[3], width, lanes)
+            _add_row_squares(column, squares, x[start + r * xs[2] :], pivot, xs[3], width, some)
         for i in range(first, last):
-            m = mean[mean_target + (top + i) * ms[2] + left * ms[3] :]
-            v = var[var_target + (top + i) * vs[2] + left * vs[3] :]
+            mean_at = mean_target + (top + i) * ms[2]
+            var_at = var_target + (top + i) * vs[2]
+            m, v = mean[mean_at + left * ms[3] :], var[var_at + left * vs[3] :]
             total[:] = 0.0
             square[:] = 0.0
             for j in range(width):
-                _accumulate(total, square, column, squares, j, kw, lanes)
+                _enter(total, square, column, squares, j, kw, some)
                 if j >= kw - 1:
                     at = j - kw + 1
-                    for c in range(lanes):
-                        centre = total[c] / (kh * kw)
-                        m[at * ms[3] + c] = centre + pivot[c]
-                        v[at * vs[3] + c] = max(square[c] / (kh * kw) - centre * centre, 0.0)
+                    _write_pixel(
+                        m[at * ms[3] : at * ms[3] + some],
+                        v[at * vs[3] : at * vs[3] + some],
+                        total,
+                        square,
+                        pivot,
+                        1 / (kh * kw),
+                        some,
+                    )
             if window[2]:
-                _replicate_pixels(mean, mean_target, ms, shape, window, i, lanes)
-                _replicate_pixels(var, var_target, vs, shape, window, i, lanes)
+                _replicate_columns(mean, mean_at, ms[3], left, width, kw, some)
+                _replicate_columns(var, var_at, vs[3], left, width, kw, some)
             if i + 1 < last:
                 entering, leaving = x[start + (i + kh) * xs[2] :], x[start + i * xs[2] :]
-                _exchange_row_squares(
-                    column, squares, entering, leaving, pivot, xs[3], width, lanes
-                )
+                _exchange_row_squares(column, squares, entering, leaving, pivot, xs[3], width, some)
 
 
-# The inner loops over channels come twice: with a constant trip count they become vector code.
+# Slices of one pixel each, so that the inner loops over its channels become vector code.
 
 
 @_jit
-def _add_row(column, row, step, width, lanes):
+def _add_row(column, row, step, width, some):
     for j in range(width):
-        into, pixel = column[j * LANES : j * LANES + LANES], row[j * step : j * step + lanes]
-        if lanes == LANES:
-            for c in range(LANES):
-                into[c] += pixel[c]
-        else:
-            for c in range(lanes):
-                into[c] += pixel[c]
+        into, new = column[j * some : (j + 1) * some], row[j * step : j * step + some]
+        for c in range(some):
+            into[c] += new[c]
 
 
 @_jit
-def _exchange_row(column, entering, leaving, step, width, lanes):
+def _exchange_row(column, entering, leaving, step, width, some):
     for j in range(width):
-        into = column[j * LANES : j * LANES + LANES]
-        new, old = entering[j * step : j * step + lanes], leaving[j * step : j * step + lanes]
-        if lanes == LANES:
-            for c in range(LANES):
-                into[c] += np.float64(new[c]) - np.float64(old[c])
-        else:
-            for c in range(lanes):
-                into[c] += np.float64(new[c]) - np.float64(old[c])
+        into = column[j * some : (j + 1) * some]
+        new, old = entering[j * step : j * step + some], leaving[j * step : j * step + some]
+        for c in range(some):
+            into[c] += np.float64(new[c]) - np.float64(old[c])
 
 
 @_jit
-def _slide(column, total, out, step, width, kw, lanes, scale):
+def _slide(column, total, out, step, width, kw, some, scale):
     """Means of all windows of a row, from the sums of its columns."""
     total[:] = 0.0
-    for j in range(kw):
-        for c in range(LANES):
-            total[c] += column[j * LANES + c]
-    for c in range(lanes):
-        out[c] = total[c] * scale
-    if lanes == LANES:
-        for j in range(width - kw):
-            for c in range(LANES):
-                total[c] += column[(j + kw) * LANES + c] - column[j * LANES + c]
-                out[(j + 1) * step + c] = total[c] * scale
-    else:
-        for j in range(width - kw):
-            for c in range(lanes):
-                total[c] += column[(j + kw) * LANES + c] - column[j * LANES + c]
-                out[(j + 1) * step + c] = total[c] * scale
+    for j in range(width):
+        new = column[j * some : (j + 1) * some]
+        for c in range(some):
+            total[c] += new[c]
+        if j >= kw:
+            old = column[(j - kw) * some : (j - kw + 1) * some]
+            for c in range(some):
+                total[c] -= old[c]
+        if j >= kw - 1:
+            pixel = out[(j - kw + 1) * step : (j - kw + 1) * step + some]
+            for c in range(some):
+                pixel[c] = total[c] * scale
 
 
 @_jit
-def _add_row_squares(column, squares, row, pivot, step, width, lanes):
+def _add_row_squares(column, squares, row, pivot, step, width, some):
     for j in range(width):
-        pixel = row[j * step : j * step + lanes]
-        for c in range(lanes):
-            value = pixel[c] - pivot[c]
-            column[j * LANES + c] += value
-            squares[j * LANES + c] += value * value
+        new = row[j * step : j * step + some]
+        sums, into = column[j * some : (j + 1) * some], squares[j * some : (j + 1) * some]
+        for c in range(some):
+            value = new[c] - pivot[c]
+            sums[c] += value
+            into[c] += value * value
 
 
 @_jit
-def _exchange_row_squares(column, squares, entering, leaving, pivot, step, width, lanes):
+def _exchange_row_squares(column, squares, entering, leaving, pivot, step, width, some):
     for j in range(width):
-        new, old = entering[j * step : j * step + lanes], leaving[j * step : j * step + lanes]
-        for c in range(lanes):
+        new, old = entering[j * step : j * step + some], leaving[j * step : j * step + some]
+        sums, into = column[j * some : (j + 1) * some], squares[j * some : (j + 1) * some]
+        for c in range(some):
             enters, leaves = new[c] - pivot[c], old[c] - pivot[c]
-            column[j * LANES + c] += enters - leaves
-            squares[j * LANES + c] += enters * enters - leaves * leaves
+            sums[c] += enters - leaves
+            into[c] += enters * enters - leaves * leaves
 
 
 @_jit
-def _accumulate(total, square, column, squares, j, kw, lanes):
+def _enter(total, square, column, squares, j, kw, some):
     """Let column `j` enter the running sums, and column `j - kw` leave them."""
-    for c in range(lanes):
-        total[c] += column[j * LANES + c]
-        square[c] += squares[j * LANES + c]
+    new, new_squares = column[j * some : (j + 1) * some], squares[j * some : (j + 1) * some]
+    for c in range(some):
+        total[c] += new[c]
+        square[c] += new_squares[c]
     if j >= kw:
-        for c in range(lanes):
-            total[c] -= column[(j - kw) * LANES + c]
-            square[c] -= squares[(j - kw) * LANES + c]
+        k = j - kw
+        old, old_squares = column[k * some : (k + 1) * some], squares[k * some : (k + 1) * some]
+        for c in range(some):
+            total[c] -= old[c]
+            square[c] -= old_squares[c]
 
 
 @_jit
-def _replicate_pixels(out, target, strides, shape, window, i, lanes):
-    """Extend row `i` of the windows to the row's ends, the first and last row to the border."""
-    height, width = shape[2], shape[3]
-    top, left = _margins(window)
-    windows, right = height - window[0] + 1, left + width - window[1]
-    row, step = strides[2], strides[3]
-    at = target + (top + i) * row
+def _write_pixel(mean, var, total, square, pivot, scale, some):
+    for c in range(some):
+        centre = total[c] * scale
+        mean[c] = centre + pivot[c]
+        var[c] = max(square[c] * scale - centre * centre, 0.0)
+
+
+@_jit
+def _replicate_columns(out, at, step, left, width, kw, some):
+    """Extend the windows of a row to the row's ends."""
+    right = left + width - kw
+    first = out[at + left * step : at + left * step + some]
+    last = out[at + right * step : at + right * step + some]
     for j in range(left):
-        for c in range(lanes):
-            out[at + j * step + c] = out[at + left * step + c]
+        pixel = out[at + j * step : at + j * step + some]
+        for c in range(some):
+            pixel[c] = first[c]
     for j in range(right + 1, width):
-        for c in range(lanes):
-            out[at + j * step + c] = out[at + right * step + c]
-    above = top if i == 0 else 0
-    below = height - top - windows if i == windows - 1 else 0
-    for k in range(above + below):
-        to = target + (k if k < above else top + windows + k - above) * row
-        for j in range(width):
-            for c in range(lanes):
-                out[to + j * step + c] = out[at + j * step + c]
+        pixel = out[at + j * step : at + j * step + some]
+        for c in range(some):
+            pixel[c] = last[c]
