@@ -1,0 +1,330 @@
+"""Restoring pictures: read, open the network, convert it, run it in tiles, write."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fullres import batch
+from fullres.batch import Job, Paths, Progress, Report, Silent
+from fullres.errors import FullresError
+from fullres.io.comparison import write_comparison
+from fullres.io.image import Source, open_image
+from fullres.local import Local, NothingToConvert, convert
+from fullres.memory import free_memory, peak_memory, use_huge_pages
+from fullres.networks.catalog import open_network
+from fullres.networks.spec import Network, Spec
+from fullres.tiles import Grid, Tile, choose_tiles, halo_for, is_out_of_memory, paste, run_tiles
+
+log = logging.getLogger(__name__)
+
+MEMORY_SHARE = 0.5
+"""Share of the free memory that a pass is planned to take."""
+
+DTYPES = {
+    "auto": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+"""Data types a network can run in; "auto" is exact everywhere."""
+
+Size = int | tuple[int, int]
+
+
+def restore(
+    source: Paths,
+    target: str | Path | None = None,
+    network: str | Path | Network = "denoise-small",
+    *,
+    window: Size | None = None,
+    train_size: Size | None = None,
+    local: bool = True,
+    device: str = "auto",
+    dtype: str = "auto",
+    tile: int | None = None,
+    suffix: str | None = None,
+    overwrite: bool = False,
+    compare: bool = False,
+    bits: int | None = None,
+    quality: int = 95,
+    progress: Progress | None = None,
+) -> Report:
+    """Restore a picture, a folder of pictures, or all that a glob pattern matches.
+
+    Results that are there already and newer than their pictures are left as they are, so a run
+    that was stopped goes on where it was. A result appears whole or not at all.
+
+    Args:
+        source: a picture, a folder (searched recursively), a glob pattern, or several of them.
+        target: the result of a single picture, or a folder; without it a picture's result goes
+            next to it (`photo-restored.jpg`) and those of a folder into `FOLDER-restored`.
+        network: name of a bundled network, a checkpoint, or an open network (left unchanged).
+        window: local window in pixels, one number or (height, width); 1.5 × the training size
+            if None.
+        train_size: size of the crops the network was trained on, if the network does not say.
+        local: convert the network's global operations to local ones; False runs it as it is.
+        device: "auto" (CUDA, else MPS, else the CPU) or a device as torch names it.
+        dtype: "auto" (float32), "float16", "bfloat16", "float32" or "float64".
+        tile: side in pixels of the tiles that large pictures run in; from the free memory if None.
+        suffix: added to the name of every result, or of the folder of results; "-restored" where
+            no target is given, otherwise nothing.
+        overwrite: replace results that exist.
+        compare: write a before/after picture `NAME-compare.png` next to every result.
+        bits: bits per channel of the results; those of the pictures if None.
+        quality: of lossy formats, 1 to 100.
+        progress: is told how the work goes on.
+
+    Returns:
+        What was restored, what was done already, and what failed, each with its reason.
+
+    Raises:
+        FullresError: nothing can begin (no such picture or network, two pictures with the same
+            result, …), or the only picture, named by itself, failed.
+    """
+    use_huge_pages()
+    progress = progress or Silent()
+    found = batch.find(source, target, suffix, compare)
+    if not batch.waiting(found, overwrite):
+        return batch.run(found, _nothing, overwrite, progress)
+    opened = network if isinstance(network, Network) else open_network(network)
+    with ready(opened, window, train_size, local, device, dtype, tile) as restorer:
+
+        def work(job: Job) -> int:
+            pixels = 0
+            if overwrite or not batch.is_done(job.target, job):
+                pixels = restore_picture(job, restorer, bits, quality, progress)
+            if job.comparison:
+                write_comparison(job.source, job.target, job.comparison)
+            return pixels
+
+        report = batch.run(found, work, overwrite, progress)
+    if found.alone and report.failed and report.failed[0].error:
+        raise report.failed[0].error
+    return report
+
+
+@dataclass
+class Restorer:
+    """A network ready to run: on its device, in its data type, local or not."""
+
+    module: torch.nn.Module
+    spec: Spec
+    device: torch.device
+    dtype: torch.dtype
+    window: tuple[int, int] | None
+    """Of the local operations, in pixels; None if the network has no local ones."""
+    has_global: bool
+    """Whether a tile's result depends on the tile's bounds."""
+    tile: int | None = None
+    too_large: float = math.inf
+    """Pixels of a run that memory did not hold."""
+    peak: Callable[[int, int], int] = field(init=False)
+    """Bytes that a pass at a height and width needs."""
+    said: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.peak = functools.cache(self._peak)
+
+    def _peak(self, height: int, width: int) -> int:
+        shape = (1, self.spec.in_channels, height, width)
+        return peak_memory(self.module, shape, self.dtype, str(self.device))
+
+    def say_once(self, line: str) -> None:
+        if line not in self.said:
+            self.said.add(line)
+            log.info("%s", line)
+
+
+@contextmanager
+def ready(
+    network: Network,
+    window: Size | None = None,
+    train_size: Size | None = None,
+    local: bool = True,
+    device: str = "auto",
+    dtype: str = "auto",
+    tile: int | None = None,
+) -> Iterator[Restorer]:
+    """Move a copy of a network to its device and make it local; arguments as in `restore`.
+
+    Raises:
+        FullresError: the device or data type is not there, or the training size is not known.
+    """
+    spec = network.spec
+    if spec.frames_lost is not None:
+        raise FullresError(f"{spec.architecture}: restores video, not single pictures")
+    if not local and (window or train_size):
+        raise FullresError(
+            "--window and --train-size have no effect with --global: leave out either"
+        )
+    settings = settings_for(network, window, train_size) if local else None
+    where, kind = _device(device), _dtype(dtype)
+    # the caller's network stays where and as it is
+    module = copy.deepcopy(network.module).eval().requires_grad_(False).to(where, kind)
+    if where.type == "cpu":
+        module = module.to(memory_format=torch.channels_last)
+    restorer = Restorer(module, spec, where, kind, None, not local, tile)
+    if settings is None:
+        yield restorer
+        return
+    try:
+        conversion = convert(module, settings)
+    except NothingToConvert as nothing:
+        restorer.say_once(f"{nothing}; it runs as it is")
+        yield restorer
+        return
+    with conversion:
+        restorer.window = _pair(settings.window)
+        yield restorer
+
+
+def settings_for(
+    network: Network, window: Size | None = None, train_size: Size | None = None
+) -> Local:
+    """How the network becomes local: what is asked for, the rest from its spec.
+
+    Raises:
+        FullresError: the training size is not known.
+    """
+    size = train_size or network.spec.train_size
+    if not size:
+        raise FullresError(
+            f"{network.spec.architecture}: the network does not say the size of the crops it was "
+            "trained on; give it with --train-size, or run it as it is with --global"
+        )
+    return Local(size, window)
+
+
+@torch.inference_mode()
+def restore_picture(
+    job: Job,
+    restorer: Restorer,
+    bits: int | None = None,
+    quality: int = 95,
+    progress: Progress | None = None,
+) -> int:
+    """Restore one picture, tile by tile; returns its pixels.
+
+    Raises:
+        ImageError: the picture cannot be read or its result not written.
+        FullresError: the network fails on it.
+    """
+    progress = progress or Silent()
+    with open_image(job.source) as source:
+        progress.picture(job, source.height * source.width)
+        with source.create(job.target, restorer.spec.scale, bits, quality) as sink:
+            grid, tiles = plan_picture(source, restorer)
+
+            def run(tile: Tile) -> None:
+                rows, columns = tile.rows, tile.columns
+                part = source.read(rows.run_start, columns.run_start, rows.run, columns.run)
+                restored = restore_tensor(part, restorer, source.path)
+                paste(sink.write, tile, restored)
+
+            restorer.too_large = run_tiles(tiles, grid, run, progress.tile, restorer.too_large)
+        return source.height * source.width
+
+
+def plan_picture(source: Source, restorer: Restorer) -> tuple[Grid, list[Tile]]:
+    """Tiles that the memory free now holds, or of the side that was asked for."""
+    halo = halo_for(restorer.window, restorer.spec.multiple)
+    grid = Grid((source.height, source.width), halo, restorer.spec.multiple)
+    if restorer.tile:
+        tiles = grid.tiles((restorer.tile, restorer.tile))
+    else:
+        free = free_memory(restorer.device)
+        with _naming(source.path):
+            tiles = choose_tiles(grid, restorer.peak, int(MEMORY_SHARE * free), free)
+    if len(tiles) > 1 and restorer.has_global:
+        restorer.say_once("large pictures run in tiles: global operations see one tile at a time")
+    return grid, tiles
+
+
+def restore_tensor(picture: Tensor, restorer: Restorer, path: Path) -> Tensor:
+    """Restore (C, H, W) in [0, 1], on the CPU, whatever number of channels the network takes.
+
+    Raises:
+        FullresError: the network does not take such pictures, fails, or gives NaN or infinity.
+    """
+    channels, wanted = picture.shape[0], restorer.spec.in_channels
+    if channels == wanted:
+        x = picture[None]
+    elif channels == 1:
+        x = picture.expand(1, wanted, -1, -1)
+    elif wanted == 1:
+        x = picture[:, None]  # every channel is a picture of its own
+    else:
+        raise FullresError(f"{path}: has {channels} channels, but the network takes {wanted}")
+    x = x.to(restorer.device, restorer.dtype) * restorer.spec.value_range
+    if restorer.device.type == "cpu":
+        x = x.contiguous(memory_format=torch.channels_last)
+    with _naming(path):
+        y: Tensor = restorer.module(x).float() / restorer.spec.value_range
+    if channels == 1:
+        y = y.mean(1, keepdim=True)
+    y = y.flatten(0, 1).cpu()  # (C, H, W) whether the channels were channels or pictures
+    if not y.isfinite().all():
+        remedy = (
+            "try --dtype float32"
+            if restorer.dtype in (torch.float16, torch.bfloat16)
+            else "try another network"
+        )
+        raise FullresError(f"{path}: the network gave NaN or infinity; {remedy}")
+    return y
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of the network and of its tile plan name the picture; out of memory passes."""
+    try:
+        yield
+    except FullresError as error:
+        raise FullresError(f"{path}: {error}") from None
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FullresError(
+            f"{path}: the network fails on this picture ({reason}); try another network"
+        ) from error
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FullresError(
+            f"device {name!r} cannot be used here ({reason}); try --device cpu"
+        ) from None
+    return device
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise FullresError(f"unknown data type {name!r}; known: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _pair(size: Size | None) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _nothing(job: Job) -> int:
+    raise AssertionError(f"{job.source} is done already")
