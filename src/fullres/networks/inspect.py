@@ -32,7 +32,7 @@ def describe(network: Network) -> str:
         "channels": f"{spec.in_channels} in, {spec.out_channels} out",
         "paper": architecture.paper,
         "authors": architecture.authors,
-        "published at": f"{architecture.weights}, licence {architecture.licence}",
+        "published weights": f"{architecture.weights}, licence {architecture.licence}",
     }
     if spec.frames_lost is not None:
         facts["frames lost"] = "{} at the start, {} at the end".format(*spec.frames_lost)

@@ -1,0 +1,62 @@
+"""Pages of memory: huge ones where Linux grants them, kept ones where training wants them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GRANT = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+@pytest.mark.skipif(
+    not GRANT.exists() or "[never]" in GRANT.read_text(), reason="no huge pages on this system"
+)
+def test_tensors_lie_on_huge_pages():
+    code = """
+from fullres.memory import use_huge_pages
+use_huge_pages()
+import torch
+x = torch.ones(64 * 2**20)
+print(open("/proc/self/smaps_rollup").read())
+"""
+    kept = int(re.search(r"AnonHugePages:\s+(\d+) kB", run(code, THP_MEM_ALLOC_ENABLE="1"))[1])
+    assert kept > 200_000
+    refused = int(re.search(r"AnonHugePages:\s+(\d+) kB", run(code, THP_MEM_ALLOC_ENABLE="0"))[1])
+    if "[madvise]" in GRANT.read_text():
+        assert refused < 100_000  # what the user set stays
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="about glibc")
+def test_freed_memory_is_kept_inside_and_returned_outside():
+    code = """
+import torch
+from fullres.memory import freed_memory_kept
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+
+before = resident()
+with freed_memory_kept():
+    x = torch.ones(64 * 2**20)
+    del x
+    inside = resident() - before
+print(inside, resident() - before)
+"""
+    inside, outside = map(int, run(code).split())
+    assert inside > 200
+    assert outside < 50
