@@ -13,6 +13,7 @@ from scipy import ndimage
 from torch.autograd import gradcheck, gradgradcheck
 
 from fullres.ops.box import (
+    local_max,
     local_mean,
     local_mean_reference,
     local_mean_var,
@@ -106,6 +107,24 @@ def test_a_window_over_the_map_gives_the_global_statistics(case):
     assert (mean.double() - wide.mean((2, 3), keepdim=True)).abs().max() <= eps
     assert (var.double() - wide.var((2, 3), correction=0, keepdim=True)).abs().max() <= eps
     assert (mean == mean[..., :1, :1]).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(maps())
+def test_the_maximum_equals_the_definition(case):
+    x, window = case
+    kh, kw = min(window[0], x.shape[2]), min(window[1], x.shape[3])
+    windows = x.contiguous().unfold(2, kh, 1).unfold(3, kw, 1).flatten(4).amax(-1)
+    rows = (torch.arange(x.shape[2]) - (kh - 1) // 2).clamp(0, windows.shape[2] - 1)
+    columns = (torch.arange(x.shape[3]) - (kw - 1) // 2).clamp(0, windows.shape[3] - 1)
+    assert torch.equal(local_max(x, window), windows[:, :, rows][..., columns])
+
+
+def test_the_maximum_has_derivatives():
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 6, 5, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda x: local_max(x, (3, 2)), x)
+    assert gradgradcheck(lambda x: local_max(x, (3, 2)), x)
 
 
 @settings(max_examples=40, deadline=None)
@@ -216,9 +235,8 @@ def test_threads_do_not_meet():
     wrong = []
 
     def work(k):
-        for _ in range(20):
-            if not torch.equal(local_mean(maps[k], (9, 9)), alone[k]):
-                wrong.append(k)
+        results = [local_mean(maps[k], (9, 9)) for _ in range(20)]
+        wrong.extend(r for r in results if not torch.equal(r, alone[k]))
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
     for thread in threads:

@@ -35,6 +35,8 @@ class LocalModule:
     """
 
     local_windows: tuple[Window, ...]
+    local_as_vectors: bool = False
+    """Whether what follows a pooling takes one vector, not a map: it then gets a `Pooled`."""
 
     def local_window(self) -> Window:
         """Window of the present call."""

@@ -13,7 +13,8 @@ from torch import nn
 from fullres.errors import ConversionError
 from fullres.local.calibrate import Calibration, Shadow, Shape, calibrate, first_words
 from fullres.local.forms import CountsCalls, Form, LocalModule, Window, form_of, mixed, take_form
-from fullres.local.rules import RULES, SOUGHT
+from fullres.local.pooled import Pooled, calls_on_pooled
+from fullres.local.rules import RULES, SOUGHT, LocalAvgPool2d, LocalMaxPool2d
 from fullres.local.table import table
 
 Size = int | tuple[int, int]
@@ -298,16 +299,28 @@ def _that_run(operations: list[Operation], calibration: Calibration) -> tuple[Op
     wanted = _result(shadow, larger)
     if isinstance(wanted, Exception) or operations[0].name == "":
         return tuple(operations)  # it takes no other size, or is itself the one operation
-    if _trial(operations, shadow, larger) == wanted:
+    as_vectors = [_as_vectors(op) for op in operations]
+    with calls_on_pooled() as maps_would_do:
+        runs = _trial(as_vectors, shadow, larger) == wanted
+    if runs and maps_would_do():
         return tuple(operations)
+    if runs:
+        return tuple(as_vectors)
     accepted: list[Operation] = []
-    for op in operations:
+    for op in as_vectors:
         if op.form is not None:
             result = _trial([*accepted, op], shadow, larger)
             if result != wanted:
                 op = replace(op, form=None, windows=(), reason=_blame(result))
         accepted.append(op)
     return tuple(accepted)
+
+
+def _as_vectors(op: Operation) -> Operation:
+    """The operation with a form that serves code for vectors, if it pools."""
+    if op.form is None or not issubclass(op.form.cls, LocalAvgPool2d | LocalMaxPool2d):
+        return op
+    return replace(op, form=Form(op.form.cls, {**op.form.attributes, "local_as_vectors": True}))
 
 
 def _trial(operations: Sequence[Operation], shadow: Shadow, inputs: tuple[Any, ...]) -> Any:
@@ -329,6 +342,8 @@ def _result(shadow: Shadow, inputs: tuple[Any, ...]) -> Any:
 
 
 def _shapes(value: Any) -> Any:
+    if isinstance(value, Pooled):
+        return "pooled values"
     if isinstance(value, torch.Tensor):
         return tuple(value.shape)
     if isinstance(value, dict):
@@ -338,5 +353,5 @@ def _shapes(value: Any) -> Any:
 
 def _blame(result: Any) -> str:
     if isinstance(result, Exception):
-        return f"what follows takes one value a channel, not a map ({first_words(result, 110)})"
-    return "as a map it would change the shape of the network's output"
+        return f"what follows does not run at each position ({first_words(result, 110)})"
+    return "its result reaches the network's output, which would change shape"

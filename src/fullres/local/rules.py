@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fullres.local.forms import LocalModule, covers
-from fullres.ops.box import local_mean, local_mean_var
+from fullres.local.forms import LocalModule, Window, covers
+from fullres.local.pooled import Pooled
+from fullres.ops.box import local_max, local_mean, local_mean_var
 
 
 class LocalAvgPool2d(LocalModule, nn.AdaptiveAvgPool2d):
@@ -24,12 +26,32 @@ class LocalAvgPool2d(LocalModule, nn.AdaptiveAvgPool2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        window = self.local_window()
-        if covers(window, x):
-            return super().forward(x)
-        if x.dim() == 3:
-            return local_mean(x[None], window)[0]
-        return local_mean(x, window)
+        return _pooled_locally(self, super().forward, local_mean, x)
+
+
+class LocalMaxPool2d(LocalModule, nn.AdaptiveMaxPool2d):
+    """Max pooling to 1 × 1, made local: (B, C, H, W) to a map of maxima of the same size.
+
+    Where the window covers the map, the result is the global maximum, (B, C, 1, 1).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _pooled_locally(self, super().forward, local_max, x)
+
+
+def _pooled_locally(
+    module: LocalModule,
+    globally: Callable[[Tensor], Tensor],
+    locally: Callable[[Tensor, Window], Tensor],
+    x: Tensor,
+) -> Tensor:
+    window = module.local_window()
+    if covers(window, x):
+        return globally(x)
+    if x.dim() == 3:
+        return locally(x[None], window)[0]
+    result = locally(x, window)
+    return Pooled(result[:, :, None, None]) if module.local_as_vectors else result
 
 
 class LocalInstanceNorm2d(LocalModule, nn.InstanceNorm2d):
@@ -98,10 +120,14 @@ def _computes_as(module: nn.Module, cls: type[nn.Module]) -> bool:
 def _average_pool(module: nn.Module) -> type | str | None:
     if not _computes_as(module, nn.AdaptiveAvgPool2d):
         return None
-    size = module.output_size
+    return _unless_to_one(module.output_size, LocalAvgPool2d)
+
+
+def _unless_to_one(size: Any, form: type) -> type | str | None:
+    """The form of a pooling to 1 × 1; why it stays global if it pools to another size."""
     height, width = size if isinstance(size, tuple) else (size, size)
     if (height, width) == (1, 1):
-        return LocalAvgPool2d
+        return form
     if height is None and width is None:
         return None
     shape = " × ".join("the input's" if n is None else str(n) for n in (height, width))
@@ -109,9 +135,11 @@ def _average_pool(module: nn.Module) -> type | str | None:
 
 
 def _max_pool(module: nn.Module) -> type | str | None:
-    if _computes_as(module, nn.AdaptiveMaxPool2d):
-        return "there is no local form of adaptive max pooling yet"
-    return None
+    if not _computes_as(module, nn.AdaptiveMaxPool2d):
+        return None
+    if module.return_indices:
+        return "also gives the position of the maximum, which has no local form"
+    return _unless_to_one(module.output_size, LocalMaxPool2d)
 
 
 def _instance_norm(module: nn.Module) -> type | str | None:
@@ -134,12 +162,12 @@ def _batch_norm(module: nn.Module) -> type | str | None:
 
 RULES = (
     Rule("average pool", _average_pool, dims=(3, 4)),
-    Rule("max pool", _max_pool),
+    Rule("max pool", _max_pool, dims=(3, 4)),
     Rule("instance norm", _instance_norm, dims=(3, 4)),
     Rule("group norm", _group_norm),
     Rule("batch norm", _batch_norm),
 )
 """All rules; the first that applies to a module is its rule."""
 
-SOUGHT = "average pooling to 1 × 1, instance norm, group norm, modules with a `to_local` method"
+SOUGHT = "pooling to 1 × 1, instance norm, group norm, modules with a `to_local` method"
 """What the rules can make local, in words."""

@@ -1,0 +1,199 @@
+"""Pooled values, one a position.
+
+A network that pools a map to a vector goes on with code for vectors: `view`, `flatten`, linear
+layers, `chunk`, softmax over channels, and back to (B, C, 1, 1). When the pooling becomes local
+there is a vector at every position, and the same code has to run on each. `Pooled` is a tensor
+that looks like the one vector the code expects and holds a map of them; what is called on it is
+mapped over the positions. Where it meets a map of its own size again, by broadcasting, the result
+is an ordinary map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+_PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")
+_ABOUT = {
+    *(vars(torch._C.TensorBase)[name].__get__ for name in _PROPERTIES),
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.nelement,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+    torch.is_floating_point,
+}
+"""What asks about the vector, not for its values."""
+
+
+# Functions that compute each position by itself on a map too, as on pooled values.
+_POSITIONWISE = {
+    "conv2d 1x1", "batch_norm", "prelu", "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_",
+    "elu", "gelu", "silu", "hardswish", "hardsigmoid", "hardtanh", "sigmoid", "sigmoid_", "tanh",
+    "softplus", "exp", "dropout", "clone", "contiguous", "expand_as", "expand",
+    "mul", "mul_", "__mul__", "__rmul__", "__imul__", "add", "add_", "__add__", "__radd__",
+    "__iadd__", "sub", "sub_", "__sub__", "__rsub__", "__isub__", "div", "div_", "__truediv__",
+    "__rtruediv__", "__itruediv__",
+}  # fmt: skip
+
+_calls: ContextVar[list[str] | None] = ContextVar("calls on pooled values", default=None)
+
+
+@contextmanager
+def calls_on_pooled() -> Iterator[Callable[[], bool]]:
+    """Watch what is called on pooled values meanwhile.
+
+    Yields a function that says whether an ordinary map in their place would have given the same,
+    which is faster and all that most channel attention needs.
+    """
+    calls: list[str] = []
+    token = _calls.set(calls)
+    try:
+        yield lambda: _POSITIONWISE.issuperset(calls)
+    finally:
+        _calls.reset(token)
+
+
+def _name(func: Callable[..., Any], args: tuple[Any, ...]) -> str:
+    name: str = getattr(func, "__name__", "")
+    if name == "conv2d" and tuple(args[1].shape[2:]) == (1, 1):
+        return "conv2d 1x1"
+    return name
+
+
+class Pooled(Tensor):
+    """A tensor of the shape that pooling gave, with other values at each position of a map.
+
+    `vectors` is (*shape, H, W).
+    """
+
+    vectors: Tensor
+
+    @staticmethod
+    def __new__(cls: type[Pooled], vectors: Tensor) -> Pooled:
+        pooled: Pooled = Tensor._make_wrapper_subclass(
+            cls, vectors.shape[:-2], dtype=vectors.dtype, device=vectors.device
+        )
+        pooled.vectors = vectors
+        return pooled
+
+    @property
+    def positions(self) -> tuple[int, int]:
+        """Height and width of the map."""
+        return self.vectors.shape[-2], self.vectors.shape[-1]
+
+    def as_map(self) -> Tensor:
+        """The values of (B, C, 1, 1) as a map (B, C, H, W)."""
+        return self.vectors[:, :, 0, 0]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        height, width = self.positions
+        return f"Pooled({tuple(self.vectors.shape[:-2])} at {height} × {width} positions)"
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _ABOUT:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        calls = _calls.get()
+        if calls is not None:
+            calls.append(_name(func, args))
+        landed = _landed(func, args, kwargs)
+        if landed is not None:
+            return landed
+        return _at_each_position(func, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
+        raise TypeError(f"{func} cannot be mapped over the positions of pooled values")
+
+
+def _landed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The ordinary map that a call gives where pooled values meet a map, otherwise None."""
+    leaves, tree = tree_flatten((args, kwargs))
+    pooled = [leaf for leaf in leaves if isinstance(leaf, Pooled)]
+    positions = pooled[0].positions
+    if any(p.positions != positions for p in pooled):
+        raise ValueError("pooled values of maps of different size meet")
+    one_value = all(p.dim() == 4 and p.shape[2:] == (1, 1) for p in pooled)
+    if not one_value:
+        return None
+    if func in _SPREADS and _spreads_to(func, args, kwargs) == positions:
+        return pooled[0].as_map()
+    if func in (F.conv2d, torch.conv2d) and tuple(args[1].shape[2:]) == (1, 1):
+        result = func(pooled[0].as_map(), *args[1:], **kwargs)
+        return Pooled(result[:, :, None, None]) if result.shape[2:] == positions else None
+    maps = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, Pooled)]
+    if not any(x.dim() == 4 and tuple(x.shape[2:]) == positions for x in maps):
+        return None
+    ordinary = [leaf.as_map() if isinstance(leaf, Pooled) else leaf for leaf in leaves]
+    plain_args, plain_kwargs = tree_unflatten(ordinary, tree)
+    return func(*plain_args, **plain_kwargs)
+
+
+_SPREADS = (Tensor.expand, Tensor.expand_as, Tensor.repeat, F.interpolate, F.upsample)
+
+
+def _spreads_to(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """Height and width that a call which spreads one value over a map gives it."""
+    if func is Tensor.expand_as:
+        return tuple(args[1].shape[2:])
+    if func in (F.interpolate, F.upsample):
+        size = args[1] if len(args) > 1 else kwargs.get("size")
+        return (size, size) if isinstance(size, int) else tuple(size or ())
+    sizes = args[1] if isinstance(args[1], tuple | list | torch.Size) else args[1:]
+    return tuple(sizes[2:])
+
+
+def _at_each_position(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    leaves, tree = tree_flatten((args, kwargs))
+    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Pooled)]
+    height, width = leaves[where[0]].positions
+
+    def at_one(*vectors: Tensor) -> Any:
+        filled = list(leaves)
+        for i, vector in zip(where, vectors, strict=True):
+            filled[i] = vector
+        vector_args, vector_kwargs = tree_unflatten(filled, tree)
+        return func(*vector_args, **vector_kwargs)
+
+    flat = [leaves[i].vectors.flatten(-2) for i in where]
+    result = torch.vmap(at_one, in_dims=-1, out_dims=-1)(*flat)
+    if any(isinstance(x, Tensor) and _as_large_as(x, height, width) for x in tree_leaves(result)):
+        raise ValueError("pooled values meet a map of another size than the one they come from")
+    result = tree_map(
+        lambda x: Pooled(x.reshape(*x.shape[:-1], height, width)) if isinstance(x, Tensor) else x,
+        result,
+    )
+    if _in_place(func, kwargs) and isinstance(args[0], Pooled):
+        args[0].vectors = result.vectors
+        return args[0]
+    return result
+
+
+def _as_large_as(vectors: Tensor, height: int, width: int) -> bool:
+    """Whether one vector a position has grown to a whole map a position."""
+    *_, rows, columns, positions = (1, 1, *vectors.shape)
+    return vectors.dim() == 5 and min(rows, columns) > 1 and positions == height * width
+
+
+def _in_place(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return bool(kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__"))

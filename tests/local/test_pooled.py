@@ -1,0 +1,152 @@
+"""Pooled values: code for one vector gives, at every position, what it gives for that vector."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fullres.local import Local, convert, plan
+from fullres.local.pooled import Pooled
+from fullres.ops.box import local_max, local_mean
+
+C = 6
+
+
+class Head(nn.Module):
+    """A head between pooled values and a map; subclasses say how it is written."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Sequential(
+            nn.Linear(C, 3), nn.ReLU(inplace=True), nn.Linear(3, C), nn.Sigmoid()
+        )
+        self.conv = nn.Sequential(nn.Conv2d(C, 4, 1), nn.PReLU(), nn.Conv2d(4, C, 1))
+        self.conv1d = nn.Conv1d(1, 1, 3, padding=1)
+        self.norm = nn.LayerNorm(C)
+        self.batch_norm = nn.BatchNorm2d(C).eval()
+
+
+class Classic(Head):
+    def forward(self, x, pooled):
+        b, c, _, _ = x.size()
+        return x * self.fc(pooled.view(b, c)).view(b, c, 1, 1).expand_as(x)
+
+
+class Flattened(Head):
+    def forward(self, x, pooled):
+        return x + self.norm(self.fc(torch.flatten(pooled, 1)))[:, :, None, None]
+
+
+class Convolved(Head):
+    def forward(self, x, pooled):
+        return self.batch_norm(self.conv(pooled)).sigmoid() * x
+
+
+class Channelwise(Head):  # ECA
+    def forward(self, x, pooled):
+        y = self.conv1d(pooled.squeeze(-1).transpose(-1, -2)).transpose(-1, -2).unsqueeze(-1)
+        return x * torch.sigmoid(y)
+
+
+class Selective(Head):  # SKNet
+    def forward(self, x, pooled):
+        weights = torch.softmax(pooled.reshape(x.shape[0], 2, C // 2), dim=1)
+        first, second = weights.reshape(x.shape[0], C, 1, 1).chunk(2, dim=1)
+        return x[:, : C // 2] * first + x[:, C // 2 :] * second
+
+
+class Mixed(Head):
+    def forward(self, x, pooled):
+        y = torch.cat([pooled, 2 * pooled], 1).mean(1, keepdim=True)
+        z = pooled.clone()
+        z += 1
+        z.mul_(2).relu_()
+        return torch.where(z > 2.5, x, -x) * (z - y) / (pooled.std(1, keepdim=True) + 1)
+
+
+class Upsampled(Head):  # ASPP
+    def forward(self, x, pooled):
+        y = nn.functional.interpolate(self.conv(pooled), size=x.shape[2:], mode="bilinear")
+        return torch.cat([x, y, pooled.expand(-1, -1, *x.shape[2:])], 1)
+
+
+HEADS = [Classic, Flattened, Convolved, Channelwise, Selective, Mixed, Upsampled]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", HEADS)
+def test_every_position_is_computed_by_itself(head):
+    head = head()
+    x, vectors = torch.randn(2, C, 4, 5), torch.randn(2, C, 4, 5)
+    result = head(x, Pooled(vectors[:, :, None, None]))
+    assert type(result) is torch.Tensor
+    for i in range(4):
+        for j in range(5):
+            position = (..., slice(i, i + 1), slice(j, j + 1))
+            torch.testing.assert_close(result[position], head(x[position], vectors[position]))
+
+
+class Net(nn.Module):
+    def __init__(self, head, pool):
+        super().__init__()
+        self.first = nn.Conv2d(3, C, 3, padding=1)
+        self.pool = pool
+        self.head = head()
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.head(y, self.pool(y))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d])
+@pytest.mark.parametrize("head", HEADS)
+def test_networks_with_such_heads_become_local(head, pool):
+    net = Net(head, pool(1)).eval()
+    small, large = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 40, 30)
+    globally = net(small)
+    y = net.first(large)
+    statistic = local_mean if pool is nn.AdaptiveAvgPool2d else local_max
+    expected = net.head(y, Pooled(statistic(y, (24, 24))[:, :, None, None]))
+    with convert(net, Local(train_size=16)):
+        assert torch.equal(net(small), globally)
+        torch.testing.assert_close(net(large), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", HEADS)
+def test_maps_serve_where_they_would_do(head):
+    net = Net(head, nn.AdaptiveAvgPool2d(1)).eval()
+    (op,) = plan(net, Local(train_size=16)).converted
+    assert op.form.attributes.get("local_as_vectors", False) == (head is not Convolved)
+
+
+def test_gradients_flow_through_pooled_values():
+    net = Net(Classic, nn.AdaptiveAvgPool2d(1))
+    with convert(net, Local(train_size=8)):
+        net(torch.rand(1, 3, 20, 20)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.head.fc.parameters())
+
+
+def test_pooled_values_that_reach_the_output_stay_global():
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pool = nn.AdaptiveAvgPool2d(1)
+            self.fc = nn.Linear(3, 10)
+
+        def forward(self, x):
+            return self.fc(self.pool(x).flatten(1))
+
+    (op,) = plan(Classifier(), Local(train_size=8)).kept
+    assert "output" in op.reason
+
+
+def test_maps_of_another_size_are_refused():
+    pooled = Pooled(torch.rand(1, C, 1, 1, 8, 8))
+    with pytest.raises(ValueError, match="another size"):
+        _ = pooled * torch.rand(1, C, 16, 16)
+    with pytest.raises(ValueError, match="different size"):
+        _ = pooled * Pooled(torch.rand(1, C, 1, 1, 4, 4))
