@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from fullres.errors import ConversionError
+from fullres.local.functional import Call, Watch
 
 Shape = tuple[int, ...]
 
@@ -36,6 +37,12 @@ class Shadow:
         context: AbstractContextManager[Any] = self.mode or nullcontext()
         with torch.no_grad(), context, _quiet():
             return self.module(*inputs)
+
+    def watched(self, inputs: tuple[Any, ...]) -> tuple[Any, tuple[Call, ...]]:
+        """Run once; the result and the calls of functions that may be global."""
+        with Watch() as watch:
+            result = self.run(inputs)
+        return result, tuple(watch.calls)
 
     def enlarged(self, inputs: tuple[Any, ...], factor: int) -> tuple[Any, ...]:
         """Inputs like these at `factor` times their height and width."""
@@ -58,6 +65,8 @@ class Calibration:
     """Inputs that the shadow runs on, at the training size."""
     seen: dict[str, list[Shape]]
     """Shapes of the calls of each module, by its name."""
+    calls: tuple[Call, ...]
+    """Calls of functions that may be global."""
 
 
 @contextmanager
@@ -117,11 +126,11 @@ def calibrate(
                 shadow = _shadow(module, fake)
                 inputs = guess if shadow.mode is None else _faked(guess, shadow.mode)
                 with _recorded(shadow.module, names) as seen:
-                    shadow.run(inputs)
+                    _, calls = shadow.watched(inputs)
             except Exception as error:  # noqa: BLE001 - any failure only means: try the next way
                 failure = failure or error
             else:
-                return Calibration(shadow, inputs, seen)
+                return Calibration(shadow, inputs, seen, calls)
     tried = "the example"
     if example is None:
         tried = f"a picture of {' or '.join(str(guess[0].shape[1]) for guess in guesses)} channels"

@@ -27,8 +27,12 @@ class Form:
     attributes: Mapping[str, Any]
 
 
-class LocalModule:
-    """Mixed into every local form: the windows of its calls.
+class LocalForm:
+    """Mixed into the class of every module that is local."""
+
+
+class LocalModule(LocalForm):
+    """Mixed into every local form of a module that is one global operation.
 
     `local_windows` holds one window if all calls share it, otherwise one a call, in the order of
     the calls within one forward pass of the network.
@@ -40,21 +44,7 @@ class LocalModule:
 
     def local_window(self) -> Window:
         """Window of the present call."""
-        if len(self.local_windows) == 1:
-            return self.local_windows[0]
-        calls = _calls.get()
-        if calls is None:
-            raise ConversionError(
-                f"{type(self).__name__} has a window for each of its calls within the converted "
-                "network; it was called outside of it"
-            )
-        call = calls[id(self)] = calls.get(id(self), -1) + 1
-        if call >= len(self.local_windows):
-            raise ConversionError(
-                f"{type(self).__name__} was called more often than the {len(self.local_windows)} "
-                "times of the calibration, so its window is unknown"
-            )
-        return self.local_windows[call]
+        return window_of_call(self, None, self.local_windows)
 
     def extra_repr(self) -> str:
         base: str = super().extra_repr()  # type: ignore[misc]
@@ -62,7 +52,32 @@ class LocalModule:
         return f"{base}{', ' if base else ''}window={windows}"
 
 
-_calls: ContextVar[dict[int, int] | None] = ContextVar("calls of local modules", default=None)
+_calls: ContextVar[dict[Any, int] | None] = ContextVar("calls of local operations", default=None)
+
+
+def window_of_call(module: object, site: object, windows: tuple[Window, ...]) -> Window:
+    """Window of the present call of a module, or of the call at a site of its forward.
+
+    Raises:
+        ConversionError: it has several windows, and which is not known.
+    """
+    if len(windows) == 1:
+        return windows[0]
+    calls = _calls.get()
+    name = type(module).__name__
+    if calls is None:
+        raise ConversionError(
+            f"{name} has a window for each of its calls within the converted network; it was "
+            "called outside of it"
+        )
+    key = (id(module), site)
+    call = calls[key] = calls.get(key, -1) + 1
+    if call >= len(windows):
+        raise ConversionError(
+            f"{name} was called more often than the {len(windows)} times of the calibration, so "
+            "its window is unknown"
+        )
+    return windows[call]
 
 
 class CountsCalls:
@@ -85,9 +100,8 @@ def covers(window: Window, x: Tensor) -> bool:
     return window[0] >= x.shape[-2] and window[1] >= x.shape[-1]
 
 
-def mixed(mixin: type, module: nn.Module) -> type[nn.Module]:
-    """The class of `module` with the behaviour of `mixin` on top."""
-    cls = type(module)
+def mixed(mixin: type, cls: type[nn.Module]) -> type[nn.Module]:
+    """A module's class with the behaviour of `mixin` on top."""
     if issubclass(mixin, cls):
         return mixin
     return type(f"{mixin.__name__}[{cls.__name__}]", (mixin, cls), {"__module__": mixin.__module__})

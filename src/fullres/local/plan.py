@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -12,7 +13,8 @@ from torch import nn
 
 from fullres.errors import ConversionError
 from fullres.local.calibrate import Calibration, Shadow, Shape, calibrate, first_words
-from fullres.local.forms import CountsCalls, Form, LocalModule, Window, form_of, mixed, take_form
+from fullres.local.forms import CountsCalls, Form, LocalForm, Window, form_of, mixed, take_form
+from fullres.local.functional import Call, LocalCalls, Site
 from fullres.local.pooled import Pooled, calls_on_pooled
 from fullres.local.rules import RULES, SOUGHT, LocalAvgPool2d, LocalMaxPool2d
 from fullres.local.table import table
@@ -79,11 +81,19 @@ class Operation:
     """Its local form; None where it stays global."""
     reason: str | None = None
     """Why it stays global."""
+    site: Site | None = None
+    """Where the module's forward calls it, if it is a function and not the module itself."""
 
     @property
     def name(self) -> str:
-        """The first of its names."""
+        """The first name of its module."""
         return self.names[0]
+
+    @property
+    def label(self) -> str:
+        """What a report calls it."""
+        names = " = ".join(name or "(the network)" for name in self.names)
+        return names if self.site is None else f"{names}, {self.site}"
 
 
 @dataclass(frozen=True)
@@ -140,17 +150,17 @@ def plan(module: nn.Module, local: Local, example: Any = None) -> Plan:
             f"{type(module).__name__} is a TorchScript module, whose operations cannot be "
             "replaced; convert the network before scripting it"
         )
-    if any(isinstance(part, LocalModule) for part in module.modules()):
+    if any(isinstance(part, LocalForm) for part in module.modules()):
         raise ConversionError(
             f"{type(module).__name__} is local already; revert that conversion first"
         )
     found = _find(module)
-    if not any(op.reason is None for op in found):
-        return Plan(type(module).__name__, local, tuple(found))
     train = _pair("train_size", local.train_size)
     calibration = calibrate(module, [op.name for op in found], train, example)
     operations = [_planned(op, calibration.seen[op.name], local) for op in found]
-    return Plan(type(module).__name__, local, _that_run(operations, calibration))
+    larger = _Larger(calibration.shadow, calibration.shadow.enlarged(calibration.inputs, 2))
+    operations += _called(module, operations, calibration, larger, local)
+    return Plan(type(module).__name__, local, _that_run(operations, larger))
 
 
 def convert(module: nn.Module, local: Local, example: Any = None) -> Conversion:
@@ -178,7 +188,7 @@ def convert(module: nn.Module, local: Local, example: Any = None) -> Conversion:
     """
     planned = plan(module, local, example)
     if not planned.converted:
-        kept = "".join(f"; {op.name or 'the network'} stays: {op.reason}" for op in planned.kept)
+        kept = "".join(f"; {op.label} stays: {op.reason}" for op in planned.kept)
         raise NothingToConvert(
             f"nothing to convert in {type(module).__name__}: looked for {SOUGHT}{kept}"
         )
@@ -267,13 +277,11 @@ def _planned(op: Operation, shapes: Sequence[Shape], local: Local) -> Operation:
     for shape in shapes:
         if len(shape) not in ((4,) if rule is None else rule.dims):
             return replace(op, reason=f"is called on {len(shape)} dimensions, not on a map")
-    windows = tuple(local.window_at((shape[-2], shape[-1])) for shape in shapes)
-    if len(set(windows)) == 1:
-        windows = windows[:1]
+    windows = _windows(shapes, local)
     if rule is not None:
         mixin = rule.look(op.module)
         assert isinstance(mixin, type)
-        form = Form(mixed(mixin, op.module), {"local_windows": windows})
+        form = Form(mixed(mixin, type(op.module)), {"local_windows": windows})
     elif len(windows) == 1:
         form = form_of(op.module, op.module.to_local(windows[0]))  # type: ignore[operator]
     else:
@@ -281,36 +289,125 @@ def _planned(op: Operation, shapes: Sequence[Shape], local: Local) -> Operation:
     return replace(op, windows=windows, form=form)
 
 
+class _Larger:
+    """The shadow at a larger size: its inputs there, and what it gives while it is global."""
+
+    def __init__(self, shadow: Shadow, inputs: tuple[Any, ...]) -> None:
+        self.shadow, self.inputs = shadow, inputs
+        self.calls: tuple[Call, ...] = ()
+        self.wanted: Any
+        try:
+            result, self.calls = shadow.watched(inputs)
+            self.wanted = _shapes(result)
+        except Exception as error:  # noqa: BLE001 - a stranger's network may raise anything
+            self.wanted = error
+
+    def trial(self, operations: Sequence[Operation]) -> Any:
+        """Shapes that the shadow gives with these operations local, or what it raises."""
+        there = [replace(op, module=self.shadow.module.get_submodule(op.name)) for op in operations]
+        taken = [(part, take_form(part, form)) for part, form in _forms(self.shadow.module, there)]
+        try:
+            return _shapes(self.shadow.run(self.inputs))
+        except Exception as error:  # noqa: BLE001 - the answer is: it breaks
+            return error
+        finally:
+            for part, original in reversed(taken):
+                take_form(part, original)
+
+
+def _called(
+    module: nn.Module,
+    operations: Sequence[Operation],
+    calibration: Calibration,
+    larger: _Larger,
+    local: Local,
+) -> list[Operation]:
+    """Global operations that the forwards of modules call as functions."""
+    shadow = calibration.shadow.module
+    # what a module's own local form or rule covers is not found a second time
+    known = {id(part) for op in operations for part in shadow.get_submodule(op.name).modules()}
+    names: dict[int, list[str]] = {}
+    for name, part in shadow.named_modules(remove_duplicate=False):
+        names.setdefault(id(part), []).append(name)
+    calls: dict[tuple[int, Site], list[tuple[Call, bool]]] = {}
+    for call, grows in _compared(calibration.calls, larger.calls):
+        if id(call.module) not in known and id(call.module) in names:
+            calls.setdefault((id(call.module), call.site), []).append((call, grows))
+    found = []
+    for (owner, site), seen in calls.items():
+        if not any(grows for _, grows in seen):
+            continue
+        part = module.get_submodule(names[owner][0])
+        op = Operation(tuple(names[owner]), seen[0][0].name, part, site=site)
+        if all(grows and call.map is not None for call, grows in seen):
+            shapes = tuple(call.map for call, _ in seen if call.map is not None)
+            windows = _windows(shapes, local)
+            form = Form(mixed(LocalCalls, type(part)), {"local_sites": {site: windows}})
+            found.append(replace(op, shapes=shapes, windows=windows, form=form))
+        else:
+            found.append(replace(op, reason="acts over all positions, and no rule covers it"))
+    return found
+
+
+def _compared(calls: Sequence[Call], later: Sequence[Call]) -> list[tuple[Call, bool]]:
+    """Each call of a pass, and whether it reduces over more in the pass at the larger size.
+
+    Where the passes do not compare, a call that reduces a map counts as one that grows.
+    """
+    alike = [c.name for c in calls] == [c.name for c in later]
+    if not alike:
+        return [(call, call.map is not None) for call in calls]
+    return [
+        (a, math.prod(b.reduced) > math.prod(a.reduced)) for a, b in zip(calls, later, strict=True)
+    ]
+
+
+def _windows(shapes: Sequence[Shape], local: Local) -> tuple[Window, ...]:
+    """The window of each call, or the one that they share."""
+    windows = tuple(local.window_at((shape[-2], shape[-1])) for shape in shapes)
+    return windows[:1] if len(set(windows)) == 1 else windows
+
+
 def _forms(module: nn.Module, operations: Sequence[Operation]) -> list[tuple[nn.Module, Form]]:
     """The forms that the modules of a network take, those of its operations and its own."""
-    forms = [(op.module, op.form) for op in operations if op.form is not None]
-    if any(len(op.windows) > 1 for op in operations if op.form is not None):
-        forms.append((module, Form(mixed(CountsCalls, module), {})))
-    return forms
+    forms: dict[int, tuple[nn.Module, Form]] = {}
+    several = False
+    for op in operations:
+        if op.form is None:
+            continue
+        several |= len(op.windows) > 1
+        form = op.form
+        if id(op.module) in forms:  # several calls in one forward
+            sites = forms[id(op.module)][1].attributes["local_sites"]
+            sites = {**sites, **form.attributes["local_sites"]}
+            form = Form(form.cls, {**form.attributes, "local_sites": sites})
+        forms[id(op.module)] = (op.module, form)
+    if several:
+        own = forms.get(id(module), (module, Form(type(module), {})))[1]
+        forms[id(module)] = (module, Form(mixed(CountsCalls, own.cls), own.attributes))
+    return list(forms.values())
 
 
-def _that_run(operations: list[Operation], calibration: Calibration) -> tuple[Operation, ...]:
+def _that_run(operations: list[Operation], larger: _Larger) -> tuple[Operation, ...]:
     """The operations with those left global that would break the network at a larger size.
 
     All together first; only if that fails, one after the other, which names the culprits.
     """
-    shadow = calibration.shadow
-    larger = shadow.enlarged(calibration.inputs, 2)
-    wanted = _result(shadow, larger)
-    if isinstance(wanted, Exception) or operations[0].name == "":
+    itself = any(op.name == "" and op.site is None for op in operations)
+    if isinstance(larger.wanted, Exception) or itself:
         return tuple(operations)  # it takes no other size, or is itself the one operation
     as_vectors = [_as_vectors(op) for op in operations]
     with calls_on_pooled() as maps_would_do:
-        runs = _trial(as_vectors, shadow, larger) == wanted
-    if runs and maps_would_do():
+        runs = larger.trial(as_vectors) == larger.wanted
+    if runs and maps_would_do() and larger.trial(operations) == larger.wanted:
         return tuple(operations)
     if runs:
         return tuple(as_vectors)
     accepted: list[Operation] = []
     for op in as_vectors:
         if op.form is not None:
-            result = _trial([*accepted, op], shadow, larger)
-            if result != wanted:
+            result = larger.trial([*accepted, op])
+            if result != larger.wanted:
                 op = replace(op, form=None, windows=(), reason=_blame(result))
         accepted.append(op)
     return tuple(accepted)
@@ -318,27 +415,10 @@ def _that_run(operations: list[Operation], calibration: Calibration) -> tuple[Op
 
 def _as_vectors(op: Operation) -> Operation:
     """The operation with a form that serves code for vectors, if it pools."""
-    if op.form is None or not issubclass(op.form.cls, LocalAvgPool2d | LocalMaxPool2d):
+    pools = LocalAvgPool2d | LocalMaxPool2d | LocalCalls
+    if op.form is None or not issubclass(op.form.cls, pools):
         return op
     return replace(op, form=Form(op.form.cls, {**op.form.attributes, "local_as_vectors": True}))
-
-
-def _trial(operations: Sequence[Operation], shadow: Shadow, inputs: tuple[Any, ...]) -> Any:
-    """Shapes that the shadow gives with these operations local."""
-    there = [replace(op, module=shadow.module.get_submodule(op.name)) for op in operations]
-    taken = [(part, take_form(part, form)) for part, form in _forms(shadow.module, there)]
-    try:
-        return _result(shadow, inputs)
-    finally:
-        for part, original in reversed(taken):
-            take_form(part, original)
-
-
-def _result(shadow: Shadow, inputs: tuple[Any, ...]) -> Any:
-    try:
-        return _shapes(shadow.run(inputs))
-    except Exception as error:  # noqa: BLE001 - a stranger's network may raise anything
-        return error
 
 
 def _shapes(value: Any) -> Any:

@@ -61,9 +61,8 @@ class LocalInstanceNorm2d(LocalModule, nn.InstanceNorm2d):
         window = self.local_window()
         if covers(window, x):
             return super().forward(x)
-        wide = _at_least_float32(x if x.dim() == 4 else x[None])
-        mean, var = local_mean_var(wide, window)
-        y = _normalised(wide, mean, var, self.eps, self.weight, self.bias).to(x.dtype)
+        batch = x if x.dim() == 4 else x[None]
+        y = local_instance_norm(batch, window, self.weight, self.bias, self.eps)
         return y if x.dim() == 4 else y[0]
 
 
@@ -74,17 +73,38 @@ class LocalGroupNorm(LocalModule, nn.GroupNorm):
         window = self.local_window()
         if covers(window, x):
             return super().forward(x)
-        batch, channels, height, width = x.shape
-        per_group = channels // self.num_groups
-        wide = _at_least_float32(x)
-        grouped = wide.reshape(batch, self.num_groups, per_group, height, width)
-        # over channels first, so that one map a group is averaged; the variance within the window
-        # is the mean of the variances over channels and the variance of the means
-        var_within, mean_within = torch.var_mean(grouped, dim=2, correction=0)
-        mean, var_between = local_mean_var(mean_within, window)
-        var = local_mean(var_within, window) + var_between
-        mean, var = (m.repeat_interleave(per_group, 1) for m in (mean, var))
-        return _normalised(wide, mean, var, self.eps, self.weight, self.bias).to(x.dtype)
+        return local_group_norm(x, window, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def local_instance_norm(
+    x: Tensor, window: Window, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Instance normalisation of maps (B, C, H, W) with the statistics of a window."""
+    wide = _at_least_float32(x)
+    mean, var = local_mean_var(wide, window)
+    return _normalised(wide, mean, var, eps, weight, bias).to(x.dtype)
+
+
+def local_group_norm(
+    x: Tensor,
+    window: Window,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Group normalisation of maps (B, C, H, W) with the statistics of a window."""
+    batch, channels, height, width = x.shape
+    per_group = channels // num_groups
+    wide = _at_least_float32(x)
+    grouped = wide.reshape(batch, num_groups, per_group, height, width)
+    # over channels first, so that one map a group is averaged; the variance within the window is
+    # the mean of the variances over channels and the variance of the means
+    var_within, mean_within = torch.var_mean(grouped, dim=2, correction=0)
+    mean, var_between = local_mean_var(mean_within, window)
+    var = local_mean(var_within, window) + var_between
+    mean, var = (m.repeat_interleave(per_group, 1) for m in (mean, var))
+    return _normalised(wide, mean, var, eps, weight, bias).to(x.dtype)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -169,5 +189,8 @@ RULES = (
 )
 """All rules; the first that applies to a module is its rule."""
 
-SOUGHT = "pooling to 1 × 1, instance norm, group norm, modules with a `to_local` method"
+SOUGHT = (
+    "pooling to 1 × 1, instance norm, group norm, reductions over both spatial axes, modules with "
+    "a `to_local` method"
+)
 """What the rules can make local, in words."""

@@ -43,11 +43,10 @@ def _runs(operations: Iterable[Operation]) -> list[tuple[str, Operation]]:
     """Lines of the table: a label and the operation that stands for it."""
     runs: list[tuple[list[str], Operation]] = []
     for op in operations:
-        label = " = ".join(name or "(the network)" for name in op.names)
-        if runs and _alike(runs[-1][1], op) and _span([*runs[-1][0], label]) is not None:
-            runs[-1][0].append(label)
+        if runs and _alike(runs[-1][1], op) and _span([*runs[-1][0], op.label]) is not None:
+            runs[-1][0].append(op.label)
         else:
-            runs.append(([label], op))
+            runs.append(([op.label], op))
     return [(_span(labels) or labels[0], op) for labels, op in runs]
 
 

@@ -1,0 +1,262 @@
+"""Global operations written as function calls: all spellings are found and become local."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fullres.local import Local, NothingToConvert, convert, plan
+from fullres.ops.box import local_max, local_mean, local_mean_var
+
+TRAIN, WINDOW = 16, (24, 24)
+
+
+def var(x, correction):
+    n = WINDOW[0] * WINDOW[1]
+    return local_mean_var(x, WINDOW)[1] * n / (n - correction)
+
+
+def mean(x):
+    return local_mean(x, WINDOW)
+
+
+SPELLINGS = {
+    "mean dims": (lambda x: x.mean((2, 3), keepdim=True), mean),
+    "mean negative dims": (lambda x: torch.mean(x, dim=[-2, -1], keepdim=True), mean),
+    "mean swapped": (lambda x: x.mean(dim=(-1, -2))[:, :, None, None], mean),
+    "mean of mean": (lambda x: x.mean(3, keepdim=True).mean(2, keepdim=True), mean),
+    "mean of mean, no keepdim": (lambda x: x.mean(2).mean(2)[..., None, None], mean),
+    "flattened": (lambda x: x.flatten(2).mean(-1)[:, :, None, None], mean),
+    "viewed": (lambda x: x.view(*x.shape[:2], -1).mean(2, keepdim=True).unsqueeze(-1), mean),
+    "sum": (lambda x: x.sum((2, 3), keepdim=True), lambda x: 576 * mean(x)),
+    "sum of sum": (
+        lambda x: x.sum(-1, keepdim=True).sum(-2, keepdim=True),
+        lambda x: 576 * mean(x),
+    ),
+    "amax": (lambda x: x.amax((2, 3), keepdim=True), lambda x: local_max(x, WINDOW)),
+    "amax of amax": (lambda x: x.amax(3).amax(2)[:, :, None, None], lambda x: local_max(x, WINDOW)),
+    "max": (lambda x: x.flatten(2).max(-1)[0][:, :, None, None], lambda x: local_max(x, WINDOW)),
+    "max of max": (
+        lambda x: torch.max(x.max(3, keepdim=True).values, 2, keepdim=True)[0],
+        lambda x: local_max(x, WINDOW),
+    ),
+    "var": (lambda x: x.var((2, 3), keepdim=True), lambda x: var(x, 1)),
+    "var, biased": (
+        lambda x: torch.var(x, (2, 3), unbiased=False, keepdim=True),
+        lambda x: var(x, 0),
+    ),
+    "std": (lambda x: x.std(dim=(2, 3), keepdim=True), lambda x: var(x, 1).sqrt()),
+    "std, correction": (
+        lambda x: x.flatten(2).std(2, correction=0)[..., None, None],
+        lambda x: var(x, 0).sqrt(),
+    ),
+    "adaptive average": (lambda x: F.adaptive_avg_pool2d(x, 1), mean),
+    "adaptive maximum": (
+        lambda x: F.adaptive_max_pool2d(x, (1, 1)),
+        lambda x: local_max(x, WINDOW),
+    ),
+    "average of the full size": (lambda x: F.avg_pool2d(x, x.shape[2:]), mean),
+    "maximum of the full size": (
+        lambda x: F.max_pool2d(x, kernel_size=x.size()[2:]),
+        lambda x: local_max(x, WINDOW),
+    ),
+}
+
+
+class Scaled(nn.Module):
+    """A map beside one value a channel, however that is computed."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.first = nn.Conv2d(3, 5, 3, padding=1)
+        self.pool = pool
+
+    def forward(self, x):
+        y = self.first(x)
+        return y + self.pool(y)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_every_spelling_becomes_local(name):
+    torch.manual_seed(0)
+    function, local_form = SPELLINGS[name]
+    net = Scaled(function)
+    small, large = torch.rand(2, 3, TRAIN, TRAIN), torch.rand(2, 3, 40, 52)
+    before, y = net(small), net.first(large)
+    conversion = convert(net, Local(TRAIN))
+    (op,) = conversion.converted
+    assert op.site is not None
+    assert "test_functional.py" in op.label
+    assert torch.equal(net(small), before)
+    torch.testing.assert_close(net(large), y + local_form(y))
+    conversion.revert()
+    assert type(net) is Scaled
+    torch.testing.assert_close(net(large), y + function(y))
+
+
+class Normalised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(6))
+        self.bias = nn.Parameter(torch.rand(6))
+
+    def forward(self, x):
+        x = x.repeat(1, 2, 1, 1)
+        y = F.instance_norm(x, weight=self.weight, bias=self.bias, eps=1e-3)
+        return y + F.group_norm(x, 3, self.weight, eps=1e-4)
+
+
+@torch.no_grad()
+def test_functional_norms_are_those_of_the_modules():
+    net = Normalised()
+    instance, group = nn.InstanceNorm2d(6, eps=1e-3, affine=True), nn.GroupNorm(3, 6, eps=1e-4)
+    instance.weight, instance.bias, group.weight = net.weight, net.bias, net.weight
+    x = torch.rand(1, 3, 40, 33)
+    example = torch.rand(1, 6, TRAIN, TRAIN)
+    assert len(convert(net, Local(TRAIN)).converted) == 2
+    for module in (instance, group):
+        convert(module, Local(TRAIN), example)
+    y = x.repeat(1, 2, 1, 1)
+    torch.testing.assert_close(net(x), instance(y) + group(y))
+
+
+class Deep(nn.Module):
+    """Means at two sizes, one in a helper called in a loop, beside a module and a linear head."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(3, 3)
+
+    def squeeze(self, x):
+        return self.head(x.mean((2, 3)))[:, :, None, None]
+
+    def forward(self, x):
+        for size in (1, 2):
+            y = F.avg_pool2d(x, size)
+            x = x * F.interpolate((y * self.squeeze(y)).sigmoid(), size=x.shape[2:])
+        return x * self.pool(x)
+
+
+@torch.no_grad()
+def test_a_site_called_at_several_sizes_keeps_a_window_each():
+    net = Deep()
+    conversion = convert(net, Local(TRAIN))
+    windows = {op.kind: op.windows for op in conversion.converted}
+    assert windows == {"average pool": ((24, 24),), "mean": ((24, 24), (12, 12))}
+    x = torch.rand(1, 3, 64, 48)
+    first, again = net(x), net(x)
+    assert torch.equal(first, again)
+    y = x
+    for size, window in ((1, 24), (2, 12)):
+        z = F.avg_pool2d(y, size)
+        m = local_mean(z, (window, window))
+        s = F.conv2d(m, net.head.weight[:, :, None, None], net.head.bias)
+        y = y * F.interpolate((z * s).sigmoid(), size=y.shape[2:])
+    torch.testing.assert_close(first, y * mean(y))
+
+
+@torch.no_grad()
+def test_modules_and_calls_of_several_levels_do_not_meet():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ModuleList(Scaled(lambda x: x.mean((2, 3), True)) for _ in range(2))
+            for inner in self.inner:
+                inner.first = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            for inner in self.inner:
+                x = inner(x) - x.amax((2, 3), True)
+            return x
+
+    net = Outer()
+    x = torch.rand(1, 3, 50, 40)
+    expected = x
+    for inner in net.inner:
+        y = inner.first(expected)
+        expected = y + mean(y) - local_max(expected, WINDOW)
+    conversion = convert(net, Local(TRAIN))
+    assert sorted(op.name for op in conversion.converted) == ["", "inner.0", "inner.1"]
+    torch.testing.assert_close(net(x), expected)
+    torch.testing.assert_close(copy.deepcopy(net)(x), expected)
+
+
+@torch.no_grad()
+def test_it_is_reentrant():
+    net = Deep()
+    convert(net, Local(TRAIN))
+    pictures = [torch.rand(1, 3, 40 + 4 * k, 48) for k in range(4)]
+    alone = [net(x) for x in pictures]
+    wrong = []
+
+    def work(k):
+        wrong.extend(k for _ in range(10) if not torch.equal(net(pictures[k]), alone[k]))
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+GLOBAL = {
+    "fft2": lambda x: torch.fft.irfft2(torch.fft.rfft2(x), s=x.shape[2:]),
+    "softmax": lambda x: x * torch.softmax(x.flatten(2), -1).view_as(x),
+    "matmul": lambda x: (x.flatten(2) @ x.flatten(2).mT).sum((1, 2))[:, None, None, None] + x,
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[1:]),
+    "norm": lambda x: x / torch.norm(x, p=2, dim=(2, 3), keepdim=True),
+    "mean": lambda x: x.permute(0, 2, 3, 1).mean((1, 2))[:, :, None, None] + x,
+}
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_what_no_rule_covers_is_reported(name):
+    net = Scaled(GLOBAL[name])
+    kept = plan(net, Local(TRAIN)).kept
+    assert [op for op in kept if name in op.kind], [op.kind for op in kept]
+    assert all("no rule" in op.reason for op in kept)
+    with pytest.raises(NothingToConvert, match="no rule"):
+        convert(net, Local(TRAIN))
+
+
+def test_what_does_not_grow_with_the_picture_is_not_global():
+    class Windows(nn.Module):
+        def forward(self, x):
+            b, c, h, w = x.shape
+            y = x.view(b, c, h // 4, 4, w // 4, 4)
+            y = y - y.mean((3, 5), keepdim=True)
+            y = y.view(b, c, h, w)
+            return y * torch.softmax(y, 1) + y.mean(1, keepdim=True)
+
+    with pytest.raises(NothingToConvert):
+        convert(Windows(), Local(TRAIN))
+
+
+@torch.no_grad()
+def test_values_that_leave_the_network_stay_global():
+    class Two(nn.Module):
+        def forward(self, x):
+            m = x.mean((2, 3))
+            return x - m[:, :, None, None], m
+
+    (op,) = plan(Two(), Local(TRAIN)).kept
+    assert "output" in op.reason
+
+
+def test_gradients_and_export():
+    net = Scaled(lambda y: torch.sigmoid(y.mean((2, 3), keepdim=True)))
+    x = torch.rand(1, 3, 40, 40)
+    convert(net, Local(TRAIN))
+    net(x).square().sum().backward()
+    assert net.first.weight.grad.isfinite().all()
+    with torch.no_grad():
+        exported = torch.export.export(net, (x,))
+        torch.testing.assert_close(exported.module()(x), net(x))
