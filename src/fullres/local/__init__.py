@@ -1,5 +1,6 @@
 """Test-time local conversion of any `nn.Module` (TLC: Chu et al., ECCV 2022)."""
 
-from fullres.local.plan import Conversion, Local, NothingToConvert, Operation, Plan, convert, plan
+from fullres.local.conversion import Conversion, NothingToConvert, convert
+from fullres.local.plan import Local, Operation, Plan, plan
 
 __all__ = ["Conversion", "Local", "NothingToConvert", "Operation", "Plan", "convert", "plan"]

@@ -1,11 +1,10 @@
-"""Plan a local conversion, carry it out, undo it."""
+"""What a local conversion would do to a network: every global operation and what becomes of it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,14 +15,10 @@ from fullres.local.calibrate import Calibration, Shadow, Shape, calibrate, first
 from fullres.local.forms import CountsCalls, Form, LocalForm, Window, form_of, mixed, take_form
 from fullres.local.functional import Call, LocalCalls, Site
 from fullres.local.pooled import Pooled, calls_on_pooled
-from fullres.local.rules import RULES, SOUGHT, LocalAvgPool2d, LocalMaxPool2d
+from fullres.local.rules import RULES, LocalAvgPool2d, LocalMaxPool2d
 from fullres.local.table import table
 
 Size = int | tuple[int, int]
-
-
-class NothingToConvert(ConversionError):  # noqa: N818 - a finding more than a fault
-    """The network has no global operation that can become local."""
 
 
 @dataclass(frozen=True)
@@ -163,89 +158,6 @@ def plan(module: nn.Module, local: Local, example: Any = None) -> Plan:
     return Plan(type(module).__name__, local, _that_run(operations, larger))
 
 
-def convert(module: nn.Module, local: Local, example: Any = None) -> Conversion:
-    """Make the global operations of a network local, in place.
-
-    Same module objects, parameters, hooks and state-dict keys; any batch, device, type and memory
-    format; nothing is written during a forward pass. Where the window covers the picture, the
-    network computes what it did before.
-
-    Args and errors as `plan`.
-
-    Returns:
-        The conversion, which `revert()` undoes exactly; also a context manager that reverts.
-
-    Raises:
-        NothingToConvert: no global operation can become local; the network is unchanged.
-
-    >>> import torch
-    >>> pool = torch.nn.AdaptiveAvgPool2d(1)
-    >>> with convert(pool, Local(train_size=2, window=2)):
-    ...     pool(torch.arange(4.0).expand(1, 3, 2, 4)).shape
-    torch.Size([1, 3, 2, 4])
-    >>> pool(torch.ones(1, 3, 2, 4)).shape
-    torch.Size([1, 3, 1, 1])
-    """
-    planned = plan(module, local, example)
-    if not planned.converted:
-        kept = "".join(f"; {op.label} stays: {op.reason}" for op in planned.kept)
-        raise NothingToConvert(
-            f"nothing to convert in {type(module).__name__}: looked for {SOUGHT}{kept}"
-        )
-    return Conversion(module, planned)
-
-
-class Conversion:
-    """A plan carried out. Printed, it is the plan's table."""
-
-    def __init__(self, module: nn.Module, plan: Plan) -> None:
-        self.module = module
-        self.plan = plan
-        self._originals: list[tuple[nn.Module, Form, Form]] = []
-        for part, form in _forms(module, plan.operations):
-            self._originals.append((part, take_form(part, form), form))
-
-    @property
-    def converted(self) -> tuple[Operation, ...]:
-        """The operations that are local."""
-        return self.plan.converted
-
-    @property
-    def kept(self) -> tuple[Operation, ...]:
-        """The operations that stayed global, each with its reason."""
-        return self.plan.kept
-
-    def revert(self) -> None:
-        """Undo the conversion exactly; a second call does nothing.
-
-        Raises:
-            ConversionError: a module was changed since by somebody else; nothing is undone.
-        """
-        for part, _, form in self._originals:
-            if type(part) is not form.cls:
-                raise ConversionError(
-                    f"cannot revert: a {form.cls.__name__} was turned into a "
-                    f"{type(part).__name__} since the conversion; undo that first"
-                )
-        while self._originals:
-            part, original, _ = self._originals.pop()
-            take_form(part, original)
-
-    def __enter__(self) -> Conversion:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.revert()
-
-    def __str__(self) -> str:
-        return str(self.plan)
-
-
 def _find(module: nn.Module) -> list[Operation]:
     """Every module that a rule knows or that brings its own local form, once per identity."""
     found: dict[int, Operation] = {}
@@ -305,7 +217,9 @@ class _Larger:
     def trial(self, operations: Sequence[Operation]) -> Any:
         """Shapes that the shadow gives with these operations local, or what it raises."""
         there = [replace(op, module=self.shadow.module.get_submodule(op.name)) for op in operations]
-        taken = [(part, take_form(part, form)) for part, form in _forms(self.shadow.module, there)]
+        taken = [
+            (part, take_form(part, form)) for part, form in forms_taken(self.shadow.module, there)
+        ]
         try:
             return _shapes(self.shadow.run(self.inputs))
         except Exception as error:  # noqa: BLE001 - the answer is: it breaks
@@ -368,7 +282,7 @@ def _windows(shapes: Sequence[Shape], local: Local) -> tuple[Window, ...]:
     return windows[:1] if len(set(windows)) == 1 else windows
 
 
-def _forms(module: nn.Module, operations: Sequence[Operation]) -> list[tuple[nn.Module, Form]]:
+def forms_taken(module: nn.Module, operations: Sequence[Operation]) -> list[tuple[nn.Module, Form]]:
     """The forms that the modules of a network take, those of its operations and its own."""
     forms: dict[int, tuple[nn.Module, Form]] = {}
     several = False
