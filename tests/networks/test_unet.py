@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fullres.errors import NetworkError
+from fullres.local import Local, NothingToConvert, convert
+from fullres.networks.catalog import create_network, networks, open_network
+from fullres.networks.unet import (
+    ARCHITECTURE,
+    ConvBlockAttention,
+    GatherExcite,
+    SqueezeExcitation,
+    UNet,
+)
+
+SMALL = {"width": 4, "depth": 2}
+ATTENTIONS = ["none", "se", "ge", "cbam"]
+NORMS = ["none", "in", "gn"]
+VARIANTS = [("none", "none"), ("none", "in"), ("none", "gn"), ("se", "none"), ("ge", "none")]
+VARIANTS += [("cbam", "none"), ("cbam", "in")]
+
+
+@pytest.fixture(params=VARIANTS, ids="-".join)
+def small(request) -> UNet:
+    torch.manual_seed(0)
+    attention, norm = request.param
+    return UNet(**SMALL, attention=attention, norm=norm).eval()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_multiply_adds_of_the_paper(attention):
+    with torch.device("meta"):
+        network = UNet(attention=attention)
+        picture = torch.empty(1, 3, 512, 512)
+    counts = []
+
+    def count(layer, _, output):
+        # the paper takes a transposed convolution for a convolution at its output's size
+        counts.append(output.numel() * layer.in_channels * layer.weight[0, 0].numel())
+
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            layer.register_forward_hook(count)
+    network(picture)
+    assert sum(counts) / 1e9 == pytest.approx(62, rel=0.05)
+
+
+@settings(deadline=None, max_examples=25)
+@given(data=st.data())
+def test_hyperparameters_are_read_back_from_names_and_shapes(data):
+    hyperparameters = {
+        "in_chn": data.draw(st.integers(1, 6)),
+        "width": data.draw(st.integers(1, 70)),
+        "depth": data.draw(st.integers(1, 6)),
+        "attention": data.draw(st.sampled_from(ATTENTIONS)),
+        "norm": data.draw(st.sampled_from(NORMS)),
+    }
+    with torch.device("meta"):
+        state = UNet(**hyperparameters).state_dict()
+    assert ARCHITECTURE.hyperparameters(state) == hyperparameters
+
+
+@pytest.mark.parametrize("name", sorted(networks()))
+def test_checkpoints_are_told_apart(name):
+    with torch.device("meta"):
+        state = create_network(name).module.state_dict()
+    assert (ARCHITECTURE.hyperparameters(state) is not None) == (name == "unet")
+
+
+def test_a_checkpoint_opens(tmp_path, small):
+    torch.save(small.state_dict(), tmp_path / "w.pth")
+    opened = open_network(tmp_path / "w.pth")
+    assert opened.spec.architecture == "unet"
+    picture = torch.rand(1, 3, 12, 16)
+    with torch.no_grad():
+        assert opened.module(picture).equal(small(picture))
+
+
+def test_what_becomes_local(small):
+    kinds = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.InstanceNorm2d, nn.GroupNorm)
+    wanted = {id(module) for module in small.modules() if isinstance(module, kinds)}
+    picture = torch.rand(1, 3, 33, 52)
+    with torch.no_grad():
+        expected = small(picture)
+        if not wanted:
+            with pytest.raises(NothingToConvert):
+                convert(small, Local(32))
+            return
+        with convert(small, Local(32, 16)) as conversion:
+            assert {id(op.module) for op in conversion.converted} == wanted
+            assert not conversion.kept
+            assert (small(picture) - expected).abs().max() > 1e-6
+        with convert(small, Local(32, 64)):
+            assert small(picture).equal(expected)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 19), (13, 18)])
+@pytest.mark.parametrize("local", [False, True])
+def test_any_size_is_restored_at_its_own_size(small, size, local):
+    block = small.down_path[0]
+    if local and len(block.attention) + len(block.norm):
+        convert(small, Local(8, 8))
+    with torch.no_grad():
+        output = small(torch.rand(1, 3, *size))
+    assert output.shape == (1, 3, *size)
+    assert output.isfinite().all()
+
+
+@settings(deadline=None, max_examples=15)
+@given(width=st.integers(1, 9), depth=st.integers(1, 3), variant=st.sampled_from(VARIANTS))
+def test_any_width_and_depth_runs_on_a_single_pixel(width, depth, variant):
+    network = UNet(width=width, depth=depth, attention=variant[0], norm=variant[1])
+    with torch.no_grad():
+        assert network(torch.rand(1, 3, 1, 1)).isfinite().all()
+
+
+def test_group_norm_has_16_channels_a_group():
+    with torch.device("meta"):
+        network = UNet(norm="gn")
+    norms = [m for m in network.modules() if isinstance(m, nn.GroupNorm)]
+    assert [m.num_channels // m.num_groups for m in norms] == [16] * 5
+
+
+def test_attention_formulas():
+    torch.manual_seed(0)
+    x = torch.randn(2, 32, 6, 7)
+    se, cbam = SqueezeExcitation(32), ConvBlockAttention(32)
+    mean, largest = x.mean((2, 3)), x.amax((2, 3))
+
+    def two_layers(first, second, vector):
+        hidden = (vector @ first.weight[..., 0, 0].T + first.bias).relu()
+        assert hidden.shape == (2, 2)
+        return hidden @ second.weight[..., 0, 0].T + second.bias
+
+    with torch.no_grad():
+        torch.testing.assert_close(GatherExcite()(x), x * mean.sigmoid()[..., None, None])
+        gate = two_layers(se.gate[1], se.gate[3], mean).sigmoid()
+        torch.testing.assert_close(se(x), x * gate[..., None, None])
+        mlp = (cbam.mlp[0], cbam.mlp[2])
+        gate = (two_layers(*mlp, mean) + two_layers(*mlp, largest)).sigmoid()
+        y = x * gate[..., None, None]
+        planes = torch.stack([y.mean(1), y.max(1).values], 1)
+        torch.testing.assert_close(cbam(x), y * cbam.spatial(planes).sigmoid())
+
+
+def test_attention_follows_the_second_convolution_and_norm_the_first():
+    block = UNet(**SMALL, attention="se", norm="in").down_path[0]
+    seen = {}
+    for name in ("conv_1", "norm", "conv_2", "attention"):
+        part = getattr(block, name)
+        part.register_forward_hook(lambda _, x, y, name=name: seen.update({name: (x[0], y)}))
+    with torch.no_grad():
+        block(torch.randn(1, 4, 8, 8))
+    assert list(seen) == ["conv_1", "norm", "conv_2", "attention"]
+    assert seen["norm"][0] is seen["conv_1"][1]
+    assert seen["attention"][0] is seen["conv_2"][1]
+
+
+def test_a_batch_is_restored_picture_by_picture(small):
+    pictures = torch.rand(2, 3, 24, 17)
+    with torch.no_grad():
+        alone = torch.cat([small(pictures[:1]), small(pictures[1:])])
+        torch.testing.assert_close(small(pictures), alone)
+
+
+def test_grey_pictures():
+    network = create_network("unet", in_chn=1, **SMALL)
+    assert (network.spec.in_channels, network.spec.out_channels) == (1, 1)
+    with torch.no_grad():
+        assert network.module(torch.rand(1, 1, 9, 8)).shape == (1, 1, 9, 8)
+
+
+def test_channels_last_is_kept_and_equals_contiguous(small):
+    picture = torch.rand(1, 3, 32, 20)
+    with torch.no_grad():
+        expected = small(picture)
+        small.to(memory_format=torch.channels_last)
+        output = small(picture.contiguous(memory_format=torch.channels_last))
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float32, 1e-5)])
+def test_lower_precision_is_as_good_as_its_rounding(small, dtype, tolerance):
+    picture = torch.rand(1, 3, 24, 24, dtype=torch.float64)
+    with torch.no_grad():
+        exact = small.double()(picture)
+        output = small.to(dtype)(picture.to(dtype))
+    assert output.dtype == dtype
+    assert (output.double() - exact).abs().max() < tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize(("attention", "norm"), [("none", "in"), ("ge", "gn"), ("cbam", "none")])
+def test_exports(attention, norm):
+    network = UNet(**SMALL, attention=attention, norm=norm).eval()
+    picture = torch.rand(1, 3, 21, 16)
+    exported = torch.export.export(network, (picture,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(picture), network(picture))
+
+
+def test_every_parameter_learns(small):
+    small.train()(torch.rand(1, 3, 16, 16)).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
+
+
+def test_spec():
+    spec = create_network("unet", depth=4).spec
+    assert (spec.multiple, spec.scale, spec.train_size, spec.task) == (8, 1, 256, None)
+    assert (spec.hyperparameters["width"], spec.hyperparameters["attention"]) == (32, "none")
+
+
+def test_impossible_hyperparameters():
+    for name in ("in_chn", "width", "depth"):
+        with pytest.raises(ValueError, match="must be positive"):
+            UNet(**{name: 0})
+    with pytest.raises(NetworkError, match="attention must be one of 'none', 'se', 'ge', 'cbam'"):
+        create_network("unet", attention="eca")
