@@ -1,0 +1,227 @@
+"""Transposed attention over overlapping windows: Restormer's, made local.
+
+Transposed attention weighs channels with channels: for one head with queries, keys and values of
+c channels, `softmax(temperature * q̂ k̂ᵀ) v`, where q̂ and k̂ have norm 1 over the positions
+(Restormer: Zamir et al., CVPR 2022, equation 1). The local form attends within every window and
+averages the results where windows overlap (TLC: Chu et al., ECCV 2022).
+
+Two parts of it are linear, so neither reads a position twice nor copies a window. The borders of
+the windows cut the map into cells; a window's Gram matrix q kᵀ and squared norms are sums over its
+cells, and the average of `A_w v` over the windows w that cover a cell is `(average of A_w) v`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fullres.ops.cells import gram, pairs, span_sums, squares, weigh, wide
+
+Size = tuple[int, int]
+
+EPS = 1e-12
+"""Smallest norm that a query or key is divided by."""
+_BUDGET = 2**22
+"""Elements of the matrices of all cells held at once, unless one row of each is more."""
+
+
+def transposed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    window: Size | None = None,
+    stride: int | Size | None = None,
+) -> Tensor:
+    """Channels attend to channels within overlapping windows; results are averaged.
+
+    Memory beside the result stays below a few maps, however many windows there are. Derivatives
+    of any order.
+
+    Args:
+        q: queries (B, heads * c, H, W) of a floating-point type, any values, any strides.
+        k: keys of the same shape and type.
+        v: values of the same shape and type.
+        temperature: factor of each head, as many elements as heads.
+        window: height and width in positions, clipped to the map; None for the whole map.
+        stride: positions between windows, at most the window; as `window_starts` if not given.
+
+    Returns:
+        Attended values, (B, heads * c, H, W), in the type and memory layout of `v`; sums and
+        matrices in float32 or better.
+
+    Raises:
+        ValueError: shapes do not fit, or the window or stride is out of range.
+
+    >>> q, k, v = torch.rand(3, 1, 8, 20, 30).unbind()
+    >>> transposed_attention(q, k, v, torch.ones(2), window=(12, 12)).shape
+    torch.Size([1, 8, 20, 30])
+    """
+    heads = _checked_heads(q, k, v, temperature)
+    rows, columns = _axes(v, window, stride)
+    q, k, v = (_by_head(x, heads) for x in (q, k, v))  # (B, heads, c, H, W)
+    cells = _Cells(_Axis.of(*rows), _Axis.of(*columns))
+    factor = temperature.to(wide(v)).view(heads, 1, 1)
+    batch, _, channels = v.shape[:3]
+    block = _BUDGET // (cells.number * max(batch, 1) * heads * channels)
+    block = min(max(block, 1), channels)
+    norms = [cells.windows(cells.squares(x)).clamp_min(EPS**2).sqrt() for x in (q, k)]
+    blocks = []
+    # a query channel's row of the matrix does not depend on the other rows
+    for part, norm in zip(torch.split(q, block, 2), torch.split(norms[0], block, -1), strict=True):
+        x = cells.windows(cells.gram(part, k))  # (windows, windows, B, heads, block, c)
+        x = x / norm.unsqueeze(-1) / norms[1].unsqueeze(-2)
+        x = cells.averages((factor * x).softmax(-1))
+        blocks.append(cells.weigh(x, v))
+    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)).flatten(1, 2)
+
+
+def transposed_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    window: Size | None = None,
+    stride: int | Size | None = None,
+) -> Tensor:
+    """The direct form of `transposed_attention`: window after window, in the inputs' type.
+
+    Arguments, result and errors as there.
+    """
+    heads = _checked_heads(q, k, v, temperature)
+    (tops, kh, _), (lefts, kw, _) = _axes(v, window, stride)
+    total, count = torch.zeros_like(v), v.new_zeros(v.shape[-2:])
+    for top in tops:
+        for left in lefts:
+            here = (..., slice(top, top + kh), slice(left, left + kw))
+            # (B, heads, c, kh * kw)
+            a, b, c = (_by_head(x[here], heads).flatten(3) for x in (q, k, v))
+            a, b = F.normalize(a, dim=-1, eps=EPS), F.normalize(b, dim=-1, eps=EPS)
+            weights = (a @ b.mT * temperature.view(heads, 1, 1)).softmax(-1)
+            total[here] += (weights @ c).reshape(total[here].shape)
+            count[here] += 1
+    return total / count
+
+
+def window_starts(length: int, window: int, stride: int | None = None) -> tuple[int, ...]:
+    """First positions of the windows along an axis; the last window is flush with the end.
+
+    Args:
+        length: positions of the axis.
+        window: positions of a window; one longer than the axis is clipped to it.
+        stride: positions from one window to the next. By default as few windows as cover the
+            axis, spaced evenly: `ceil((length - window) / (ceil(length / window) - 1))`.
+
+    Raises:
+        ValueError: the window is below 1, or the stride is not from 1 to the window.
+
+    >>> window_starts(10, 4)
+    (0, 3, 6)
+    >>> window_starts(10, 4, stride=4)
+    (0, 4, 6)
+    """
+    if window < 1:
+        raise ValueError(f"the window must be at least 1 position, not {window}")
+    if stride is not None and not 1 <= stride <= window:
+        raise ValueError(f"the stride must be from 1 to the window of {window}, not {stride}")
+    last = length - min(window, length)
+    if stride is None:
+        gaps = max(-(-length // window) - 1, 1)
+        stride = max(-(-last // gaps), 1)
+    return (*range(0, last, stride), last)
+
+
+def _checked_heads(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> int:
+    if q.dim() != 4 or not q.is_floating_point():
+        raise ValueError(f"q must be floating-point maps (B, C, H, W), not {q.dtype} {q.dim()}-d")
+    if not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            "q, k and v must have the same shape and type, not "
+            + ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (q, k, v))
+        )
+    heads = temperature.numel()
+    if heads == 0 or q.shape[1] % heads:
+        raise ValueError(f"{q.shape[1]} channels do not divide into {heads} heads")
+    return heads
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    return x.reshape(x.shape[0], heads, x.shape[1] // heads, *x.shape[2:])
+
+
+def _axes(
+    x: Tensor, window: Size | None, stride: int | Size | None
+) -> tuple[tuple[tuple[int, ...], int, int], ...]:
+    """Starts of the windows, their length and the length of the map, for rows and for columns."""
+    sides = (x.shape[-2], x.shape[-1])
+    windows = sides if window is None else window
+    strides = stride if isinstance(stride, tuple) else (stride, stride)
+    return tuple(
+        (window_starts(side, k, step), min(k, side), side)
+        for side, k, step in zip(sides, windows, strides, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """How the borders of the windows cut one axis. Pairs are (first, first after the last)."""
+
+    cuts: list[int]
+    """Borders of the cells, from 0 to the length of the axis."""
+    spans: list[int]
+    """Cells of each window, as pairs one after the other."""
+    covers: list[int]
+    """Windows that cover each cell, likewise."""
+
+    @classmethod
+    def of(cls, starts: Sequence[int], window: int, length: int) -> _Axis:
+        ends = [start + window for start in starts]
+        cuts = sorted({0, length, *starts, *ends})
+        number = {cut: n for n, cut in enumerate(cuts)}
+        covers = ((sum(e <= c for e in ends), sum(s <= c for s in starts)) for c in cuts[:-1])
+        return cls(
+            cuts=cuts,
+            spans=[number[p] for pair in zip(starts, ends, strict=True) for p in pair],
+            covers=[n for pair in covers for n in pair],
+        )
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """The cells of a map. Values of cells are (rows, columns, …), those of windows too."""
+
+    rows: _Axis
+    columns: _Axis
+
+    @property
+    def number(self) -> int:
+        return (len(self.rows.cuts) - 1) * (len(self.columns.cuts) - 1)
+
+    def windows(self, x: Tensor) -> Tensor:
+        """Sums over the cells of each window."""
+        x = span_sums(x, self.rows.spans, self.rows.covers).transpose(0, 1)
+        return span_sums(x, self.columns.spans, self.columns.covers).transpose(0, 1)
+
+    def averages(self, x: Tensor) -> Tensor:
+        """Means over the windows that cover each cell."""
+        axes = (self.rows, self.columns)
+        rows, columns = (
+            x.new_tensor([b - a for a, b in pairs(axis.covers)]).view(-1, *(1,) * (x.dim() - 1))
+            for axis in axes
+        )
+        x = span_sums(x, self.rows.covers, self.rows.spans).transpose(0, 1)
+        x = span_sums(x, self.columns.covers, self.columns.spans).transpose(0, 1)
+        return x / (rows * columns.transpose(0, 1))
+
+    def squares(self, x: Tensor) -> Tensor:
+        return squares(x, self.rows.cuts, self.columns.cuts)
+
+    def gram(self, a: Tensor, b: Tensor) -> Tensor:
+        return gram(a, b, self.rows.cuts, self.columns.cuts)
+
+    def weigh(self, m: Tensor, x: Tensor) -> Tensor:
+        return weigh(m, x, self.rows.cuts, self.columns.cuts)

@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fullres import Local, convert, plan
+from fullres.errors import ConversionError, NetworkError
+from fullres.networks.catalog import create_network, networks, open_network
+from fullres.networks.restormer import ARCHITECTURE, Restormer, TransposedAttention
+
+SMALL = {"dim": 4, "num_blocks": (1, 1, 1, 1), "num_refinement_blocks": 1, "heads": (1, 2, 2, 4)}
+CASES = ["restormer", "restormer_biasfree", "restormer_local"]
+
+
+@pytest.fixture
+def small() -> Restormer:
+    torch.manual_seed(0)
+    return Restormer(**SMALL).eval()
+
+
+def loaded(case, dtype):
+    """The network of a reference case, local if the case is."""
+    config = dict(case.config)
+    window, calibration = config.pop("window", None), config.pop("calibration", None)
+    network = create_network("restormer", **config).module.to(dtype)
+    network.load_state_dict(case.state)
+    if window is not None:
+        convert(network, Local(tuple(calibration), tuple(window)))
+    return network
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_output_in_float64(golden, name):
+    case = golden(name)
+    with torch.no_grad():
+        output = loaded(case, torch.float64)(case.input)
+    assert (output - case.outputs[0]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_output_in_float32(golden, name):
+    case = golden(name)
+    with torch.no_grad():
+        output = loaded(case, torch.float32)(case.input.float())
+    assert (output - case.outputs[0]).abs().max() < 1e-4 * case.outputs[0].abs().max()
+
+
+@pytest.mark.parametrize("name", CASES[:2])
+def test_names_and_shapes_are_those_of_published_checkpoints(golden, name):
+    case = golden(name)
+    state = create_network("restormer", **case.config).module.state_dict()
+    assert {n: tuple(value.shape) for n, value in state.items()} == case.parameters
+    assert list(state) == list(case.parameters)
+
+
+def test_parameter_count_of_the_published_configuration():
+    with torch.device("meta"):
+        network = Restormer()
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 2) == 26.13
+
+
+# Hyperparameters --------------------------------------------------------------------------------
+
+
+@st.composite
+def hyperparameters(draw):
+    dim = 2 * draw(st.integers(7, 40))
+    dual = draw(st.booleans())
+    channels = draw(st.integers(1, 6))
+    divisors = [[h for h in range(1, 9) if dim * 2**n % h == 0] for n in range(4)]
+    return {
+        "inp_channels": channels,
+        "out_channels": draw(st.integers(1, 6)) if dual else channels,
+        "dim": dim,
+        "num_blocks": tuple(draw(st.integers(1, 3)) for _ in range(4)),
+        "num_refinement_blocks": draw(st.integers(0, 11)),
+        "heads": tuple(draw(st.sampled_from(d)) for d in divisors),
+        "ffn_expansion_factor": draw(st.integers(50, 500)) / 100,
+        "bias": draw(st.booleans()),
+        "LayerNorm_type": draw(st.sampled_from(["WithBias", "BiasFree"])),
+        "dual_pixel_task": dual,
+    }
+
+
+@settings(deadline=None, max_examples=15)
+@given(hyperparameters())
+def test_hyperparameters_are_read_back_from_names_and_shapes(wanted):
+    with torch.device("meta"):
+        state = Restormer(**wanted).state_dict()
+    assert ARCHITECTURE.hyperparameters(state) == wanted
+
+
+@settings(deadline=None, max_examples=15)
+@given(dim=st.integers(1, 30).map(lambda n: 2 * n), factor=st.floats(0.5, 8))
+def test_any_expansion_factor_is_read_back_as_one_of_the_same_channels(dim, factor):
+    options = {**SMALL, "heads": (1, 1, 1, 1), "dim": dim, "ffn_expansion_factor": factor}
+    with torch.device("meta"):
+        state = Restormer(**options).state_dict()
+        again = Restormer(**ARCHITECTURE.hyperparameters(state)).state_dict()
+    assert {n: v.shape for n, v in again.items()} == {n: v.shape for n, v in state.items()}
+
+
+def test_the_published_expansion_factor_is_preferred():
+    with torch.device("meta"):
+        state = Restormer(**SMALL).state_dict()
+    assert ARCHITECTURE.hyperparameters(state)["ffn_expansion_factor"] == 2.66
+
+
+@pytest.mark.parametrize("name", sorted(set(networks()) - {"restormer"}))
+def test_checkpoints_of_other_architectures_are_told_apart(name):
+    with torch.device("meta"):
+        ours = Restormer(**SMALL).state_dict()
+        theirs = create_network(name).module.state_dict()
+    assert networks()[name].hyperparameters(ours) is None
+    assert ARCHITECTURE.hyperparameters(theirs) is None
+
+
+def test_feed_forward_channels_that_no_factor_explains():
+    state = Restormer(**SMALL).state_dict()
+    state["latent.0.ffn.project_out.weight"] = torch.ones(32, 99, 1, 1)
+    assert ARCHITECTURE.hyperparameters(state) is None
+
+
+@pytest.mark.parametrize(
+    "hyperparameters",
+    [
+        {"dim": 0},
+        {"dim": 7},
+        {"heads": (1, 2, 4)},
+        {"heads": (5, 1, 1, 1)},
+        {"heads": (0, 1, 1, 1)},
+        {"num_blocks": (1, 1, 1)},
+        {"num_blocks": (0, 1, 1, 1)},
+        {"num_refinement_blocks": -1},
+        {"inp_channels": 0, "out_channels": 0},
+        {"inp_channels": 6},
+        {"ffn_expansion_factor": 0.0},
+        {"ffn_expansion_factor": float("nan")},
+    ],
+)
+def test_impossible_hyperparameters(hyperparameters):
+    with pytest.raises(NetworkError, match=next(iter(hyperparameters))):
+        create_network("restormer", **hyperparameters)
+
+
+def test_a_published_checkpoint_opens(tmp_path, small):
+    torch.save({"params": small.state_dict()}, tmp_path / "restormer.pth")
+    network = open_network(tmp_path / "restormer.pth")
+    assert isinstance(network.module, Restormer)
+    assert json.dumps(network.spec.hyperparameters["num_blocks"]) == "[1, 1, 1, 1]"
+    picture = torch.rand(1, 3, 16, 24)
+    with torch.no_grad():
+        assert torch.equal(network.module(picture), small(picture))
+
+
+def test_spec():
+    spec = create_network("restormer", **SMALL).spec
+    assert (spec.multiple, spec.scale, spec.train_size, spec.task) == (8, 1, 256, None)
+    assert (spec.in_channels, spec.out_channels) == (3, 3)
+
+
+# What it computes -------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=10)
+@given(height=st.integers(1, 20), width=st.integers(1, 20))
+def test_any_size_is_restored_at_its_own_size(height, width):
+    network = Restormer(**SMALL)
+    with torch.no_grad():
+        assert network(torch.rand(1, 3, height, width)).shape == (1, 3, height, width)
+
+
+def test_padding_is_reflection_at_the_bottom_and_right(small):
+    picture = torch.rand(1, 3, 13, 18)
+    rows = torch.tensor([*range(13), 11, 10, 9])
+    columns = torch.tensor([*range(18), 16, 15, 14, 13, 12, 11])
+    padded = picture[:, :, rows][:, :, :, columns]
+    with torch.no_grad():
+        torch.testing.assert_close(small(picture), small(padded)[..., :13, :18])
+
+
+def test_attention_is_that_of_the_paper():
+    torch.manual_seed(0)
+    attention = TransposedAttention(12, 3, bias=True).double()
+    torch.nn.init.uniform_(attention.temperature)
+    x = torch.randn(2, 12, 5, 7, dtype=torch.float64)
+    q, k, v = attention.qkv_dwconv(attention.qkv(x)).view(2, 3, 3, 4, 35).unbind(1)
+    q, k = (y / y.norm(dim=-1, keepdim=True) for y in (q, k))
+    weights = (attention.temperature * torch.einsum("bhcn,bhdn->bhcd", q, k)).softmax(-1)
+    expected = attention.project_out((weights @ v).view(2, 12, 5, 7))
+    torch.testing.assert_close(attention(x), expected)
+
+
+def test_dual_pixel_network():
+    torch.manual_seed(0)
+    options = {**SMALL, "inp_channels": 6, "dual_pixel_task": True}
+    network = create_network("restormer", **options)
+    spec, module = network.spec, network.module
+    assert (spec.in_channels, spec.out_channels, spec.task) == (6, 3, "defocus")
+    assert module.state_dict()["skip_conv.weight"].shape == (8, 4, 1, 1)
+    views = torch.rand(1, 6, 10, 9)
+    with torch.no_grad():
+        assert module(views).shape == (1, 3, 10, 9)
+        for name, parameter in module.named_parameters():
+            if not re.match(r"patch_embed|skip_conv|output", name):
+                parameter.zero_()
+        # blocks only pass on what they get, and nothing comes from the levels below
+        views = torch.rand(1, 6, 16, 8)
+        first = module.patch_embed(views)
+        refined = torch.cat([torch.zeros_like(first), first], 1)
+        expected = module.output(refined + module.skip_conv(first))
+        torch.testing.assert_close(module(views), expected)
+
+
+def test_grey_pictures():
+    network = create_network("restormer", inp_channels=1, out_channels=1, **SMALL)
+    assert (network.spec.in_channels, network.spec.out_channels) == (1, 1)
+    with torch.no_grad():
+        assert network.module(torch.rand(1, 1, 9, 8)).shape == (1, 1, 9, 8)
+
+
+def test_channels_last_equals_contiguous(small):
+    picture = torch.rand(2, 3, 33, 20)
+    convert(small, Local(train_size=16, window=16))
+    with torch.no_grad():
+        expected = small(picture)
+        small.to(memory_format=torch.channels_last)
+        output = small(picture.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.bfloat16, 0.05), (torch.float16, 0.01), (torch.float32, 1e-5)],
+)
+@pytest.mark.parametrize("norm", ["WithBias", "BiasFree"])
+def test_lower_precision_is_as_good_as_its_rounding(norm, dtype, tolerance):
+    torch.manual_seed(0)
+    network = Restormer(**SMALL, LayerNorm_type=norm).eval()
+    picture = torch.rand(1, 3, 24, 24, dtype=torch.float64)
+    convert(network, Local(train_size=16, window=16))
+    with torch.no_grad():
+        exact = network.double()(picture)
+        output = network.to(dtype)(picture.to(dtype))
+    assert output.dtype == dtype
+    assert (output.double() - exact).abs().max() < tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_exports(small, local):
+    picture = torch.rand(1, 3, 29, 16)
+    if local:
+        convert(small, Local(train_size=16, window=16))
+    exported = torch.export.export(small, (picture,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(picture), small(picture))
+
+
+def test_gradients_reach_every_parameter(small):
+    convert(small, Local(train_size=16, window=16))
+    small(torch.rand(1, 3, 24, 32)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in small.parameters())
+
+
+# Local ------------------------------------------------------------------------------------------
+
+
+def test_every_attention_becomes_local(small):
+    planned = plan(small, Local(train_size=64, window=96))
+    assert {op.name: op.windows[0] for op in planned.converted} == {
+        "encoder_level1.0.attn": (96, 96),
+        "encoder_level2.0.attn": (48, 48),
+        "encoder_level3.0.attn": (24, 24),
+        "latent.0.attn": (12, 12),
+        "decoder_level3.0.attn": (24, 24),
+        "decoder_level2.0.attn": (48, 48),
+        "decoder_level1.0.attn": (96, 96),
+        "refinement.0.attn": (96, 96),
+    }
+    assert not planned.kept
+
+
+@torch.no_grad()
+def test_local_attends_window_by_window(small):
+    picture = torch.rand(2, 3, 24, 40)
+    expected = small(picture)
+    with convert(small, Local(train_size=16, window=16)):
+        assert "window=16×16" in repr(small)
+        assert not torch.allclose(small(picture), expected)
+        torch.testing.assert_close(small(picture)[1:], small(picture[1:]))
+        with pytest.raises(ConversionError, match="local already"):
+            convert(small, Local(train_size=16))
+    with convert(small, Local(train_size=16, window=40)):
+        assert torch.equal(small(picture), expected)
+    assert torch.equal(small(picture), expected)
+    assert type(small.latent[0].attn) is TransposedAttention
+
+
+def test_the_local_form_shares_parameters():
+    attention = TransposedAttention(4, 2, bias=False)
+    local = attention.to_local((5, 6))
+    assert local.window == (5, 6)
+    assert attention.window is None
+    assert list(local.state_dict()) == list(attention.state_dict())
+    assert all(a is b for a, b in zip(local.parameters(), attention.parameters(), strict=True))
