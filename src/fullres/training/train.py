@@ -189,7 +189,7 @@ def _log_row(path: Path, row: dict[str, float]) -> None:
 
 
 def _export(recipe: Recipe, run: Path, average: dict[str, Tensor]) -> Path:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = run / f"{recipe.name}.safetensors"
     metadata = {
@@ -200,6 +200,7 @@ def _export(recipe: Recipe, run: Path, average: dict[str, Tensor]) -> Path:
     }
     # half precision: opened as float32, the weights are off by 2 ** -12 of their size at most
     weights = {name: value.half().contiguous() for name, value in average.items()}
-    save_file(weights, f"{path}.part", metadata)
-    Path(f"{path}.part").replace(path)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(save(weights, metadata))
+    part.replace(path)
     return path
