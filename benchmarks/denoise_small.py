@@ -1,4 +1,4 @@
-"""PSNR of the bundled denoiser, the model card's table: whole pictures and patches, global and local.
+"""The model card's table: PSNR of whole pictures, local and global, and of patches.
 
     python benchmarks/denoise_small.py FOLDER… [--network NAME_OR_PATH]
 
