@@ -88,4 +88,7 @@ def _crop(recipe: Recipe, picture: Picture, random: np.random.Generator) -> Tens
         clean = clean[:, random.permutation(3)]
         grey = clean.mean(1, keepdim=True)
         clean = grey + (clean - grey) * random.uniform(0, 2)
+    if random.random() < recipe.contrast:
+        pivot, gain = random.random(), 4 ** random.random()
+        clean = pivot + (clean - pivot) * gain
     return clean.clamp(0, 1).contiguous(memory_format=torch.channels_last)

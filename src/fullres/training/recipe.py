@@ -44,6 +44,8 @@ class Recipe(BaseModel):
     """Share of the crops that are enlarged, by 1 to 2, which makes for smoother pictures."""
     colour: float = Field(default=0.0, ge=0, le=1)
     """Share of the crops whose channels are shuffled and whose saturation changes, by 0 to 2."""
+    contrast: float = Field(default=0.0, ge=0, le=1)
+    """Share of the crops whose contrast is raised, by 1 to 4 about a random value, and clipped."""
     steps: int = Field(ge=1)
     """Optimiser steps."""
     warmup: int = Field(default=500, ge=0)

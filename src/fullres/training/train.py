@@ -22,7 +22,17 @@ from fullres.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-_DECISIVE = ("network", "hyperparameters", "crop", "batch", "sigma", "zoom", "colour", "seed")
+_DECISIVE = (
+    "network",
+    "hyperparameters",
+    "crop",
+    "batch",
+    "sigma",
+    "zoom",
+    "colour",
+    "contrast",
+    "seed",
+)
 """What a resumed run must not change; the schedule may be drawn out or cut short."""
 
 
