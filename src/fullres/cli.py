@@ -219,9 +219,6 @@ def train(
         ) from error
     from fullres.training.train import train as train_network
 
-    try:
-        settings = read_recipe(recipe, changes or ())
-    except ValueError as error:
-        raise FullresError(str(error)) from error
+    settings = read_recipe(recipe, changes or ())
     show_log(Console(highlight=False, markup=False, soft_wrap=True))
     typer.echo(train_network(settings, run or Path("runs") / settings.name))

@@ -61,6 +61,7 @@ SPELLINGS = {
         lambda x: local_max(x, WINDOW),
     ),
     "average of the full size": (lambda x: F.avg_pool2d(x, x.shape[2:]), mean),
+    "average, no padding": (lambda x: F.avg_pool2d(x, x.shape[2:], padding=(0, 0)), mean),
     "maximum of the full size": (
         lambda x: F.max_pool2d(x, kernel_size=x.size()[2:]),
         lambda x: local_max(x, WINDOW),

@@ -217,7 +217,7 @@ def _pooling(
     adaptive = "adaptive" in name
     if pair != ((1, 1) if adaptive else tuple(x.shape[2:])):
         return None
-    if not adaptive and any(_argument(args, kwargs, 3, "padding") or () for _ in (0,)):
+    if not adaptive and _argument(args, kwargs, 3, "padding") not in (None, 0, (0, 0), [0, 0]):
         return None
     return _Reduction(x, _LOCAL[_POOLS[name]], (*x.shape[:2], 1, 1))
 
