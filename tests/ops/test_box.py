@@ -173,6 +173,21 @@ def test_mean_of_a_hundred_megapixel_map():
         assert abs(mean[i, side - 1 - i].double() - expected) / expected < 1e-6
 
 
+def test_variance_of_a_hundred_megapixel_map_with_a_large_mean():
+    side, k = 10_000, 384
+    generator = torch.Generator().manual_seed(0)
+    x = torch.empty(1, 1, side, side).normal_(100, 0.01, generator=generator)
+    mean, var = local_mean_var(x, (k, k))
+    assert var.min() >= 0
+    for i in (0, 191, 4_999, 7_777, side - 1):
+        j = i * 7_919 % side
+        top, left = (min(max(at - (k - 1) // 2, 0), side - k) for at in (i, j))
+        window = x[0, 0, top : top + k, left : left + k].double()
+        exact_mean, exact_var = window.mean(), window.var(correction=0)
+        assert abs(mean[0, 0, i, j].double() - exact_mean) / exact_mean < 1e-6
+        assert abs(var[0, 0, i, j].double() - exact_var) / exact_var < 1e-3
+
+
 @pytest.mark.parametrize("window", [(3, 4), (6, 2), (9, 9)])
 @pytest.mark.parametrize("mean", [local_mean, local_mean_reference])
 def test_autograd_and_double_backward(mean, window):
