@@ -190,7 +190,7 @@ def test_little_memory_means_tiles_and_global_statistics_say_so(tmp_path, net, m
     photo = make(tmp_path / "photo.png", 400, 300)
     make(tmp_path / "in" / "a.png", 400, 300)
     make(tmp_path / "in" / "b.png", 400, 300)
-    with restoring.ready(net) as restorer:
+    with restoring.ready(net, restoring.settings_for(net)) as restorer:
         needed = restorer.peak(400, 300)
     monkeypatch.setattr(restoring, "free_memory", lambda device: int(needed * 1.2))
     told = Told()
@@ -391,7 +391,7 @@ def test_the_bundled_denoiser_removes_noise(tmp_path):
 
 def test_the_halo_of_the_plan_follows_the_window(tmp_path, net):
     photo = make(tmp_path / "photo.png")
-    with restoring.ready(net, window=(100, 200)) as restorer, open_image(photo) as source:
+    with restoring.ready(net, fr.Local(64, (100, 200))) as restorer, open_image(photo) as source:
         grid, tiles = restoring.plan_picture(source, restorer)
     assert grid == Grid((60, 90), (116, 164), 4)
     assert len(tiles) == 1

@@ -81,6 +81,22 @@ TrainSizeOption = Annotated[
         help="Size of the crops the network was trained on, if it does not say.",
     ),
 ]
+OnlyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Make only these modules local; a pattern such as 'encoder.*', may be repeated.",
+    ),
+]
+StrideOption = Annotated[
+    Any,
+    typer.Option(
+        parser=_size,
+        metavar="SIZE",
+        help="Pixels between the overlapping windows of attention; as few windows as cover the "
+        "picture if not given.",
+    ),
+]
 
 
 @app.command()
@@ -100,6 +116,8 @@ def restore(
     network: NetworkOption = "denoise-small",
     window: WindowOption = None,
     train_size: TrainSizeOption = None,
+    only: OnlyOption = None,
+    stride: StrideOption = None,
     as_it_is: Annotated[
         bool, typer.Option("--global", help="Run the network as it is, not converted to local.")
     ] = False,
@@ -143,9 +161,11 @@ def restore(
             paths[0] if len(paths) == 1 else paths,
             output,
             network,
+            local=not as_it_is,
             window=window,
             train_size=train_size,
-            local=not as_it_is,
+            only=only or (),
+            stride=stride,
             device=device,
             dtype=dtype,
             tile=tile,
@@ -171,6 +191,8 @@ def inspect(
     ] = False,
     window: WindowOption = None,
     train_size: TrainSizeOption = None,
+    only: OnlyOption = None,
+    stride: StrideOption = None,
 ) -> None:
     """Show the architecture, size and training size of a network, and its conversion plan."""
     from fullres.networks.catalog import open_network
@@ -182,7 +204,8 @@ def inspect(
         from fullres.local import plan as plan_conversion
         from fullres.restore import settings_for
 
-        settings = settings_for(opened, window, train_size)
+        settings = settings_for(opened, True, window, train_size, only or (), stride)
+        assert settings is not None
         typer.echo(f"\n{plan_conversion(opened.module, settings)}")
 
 

@@ -6,7 +6,7 @@ import copy
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,9 +47,11 @@ def restore(
     target: str | Path | None = None,
     network: str | Path | Network = "denoise-small",
     *,
+    local: bool | Local = True,
     window: Size | None = None,
     train_size: Size | None = None,
-    local: bool = True,
+    only: Sequence[str] = (),
+    stride: Size | None = None,
     device: str = "auto",
     dtype: str = "auto",
     tile: int | None = None,
@@ -70,10 +72,14 @@ def restore(
         target: the result of a single picture, or a folder; without it a picture's result goes
             next to it (`photo-restored.jpg`) and those of a folder into `FOLDER-restored`.
         network: name of a bundled network, a checkpoint, or an open network (left unchanged).
+        local: convert the network's global operations to local ones; False runs it as it is. A
+            `Local` says all about the conversion, in place of the four arguments that follow.
         window: local window in pixels, one number or (height, width); 1.5 × the training size
             if None.
         train_size: size of the crops the network was trained on, if the network does not say.
-        local: convert the network's global operations to local ones; False runs it as it is.
+        only: names of the modules that become local, as shell patterns; all if empty.
+        stride: pixels between the overlapping windows of attention; as few windows as cover the
+            picture if None.
         device: "auto" (CUDA, else MPS, else the CPU) or a device as torch names it.
         dtype: "auto" (float32), "float16", "bfloat16", "float32" or "float64".
         tile: side in pixels of the tiles that large pictures run in; from the free memory if None.
@@ -98,7 +104,8 @@ def restore(
     if not batch.waiting(found, overwrite):
         return batch.run(found, _nothing, overwrite, progress)
     opened = network if isinstance(network, Network) else open_network(network)
-    with ready(opened, window, train_size, local, device, dtype, tile) as restorer:
+    settings = settings_for(opened, local, window, train_size, only, stride)
+    with ready(opened, settings, device, dtype, tile) as restorer:
 
         def work(job: Job) -> int:
             pixels = 0
@@ -149,61 +156,75 @@ class Restorer:
 @contextmanager
 def ready(
     network: Network,
-    window: Size | None = None,
-    train_size: Size | None = None,
-    local: bool = True,
+    settings: Local | None,
     device: str = "auto",
     dtype: str = "auto",
     tile: int | None = None,
 ) -> Iterator[Restorer]:
-    """Move a copy of a network to its device and make it local; arguments as in `restore`.
+    """Move a copy of a network to its device and make it local.
+
+    Args:
+        network: is left unchanged.
+        settings: how it becomes local; None runs it as it is.
+        device: as in `restore`.
+        dtype: as in `restore`.
+        tile: as in `restore`.
 
     Raises:
-        FullresError: the device or data type is not there, or the training size is not known.
+        FullresError: the device or data type is not there, or the network restores video.
     """
     spec = network.spec
     if spec.frames_lost is not None:
         raise FullresError(f"{spec.architecture}: restores video, not single pictures")
-    if not local and (window or train_size):
-        raise FullresError(
-            "--window and --train-size have no effect with --global: leave out either"
-        )
-    settings = settings_for(network, window, train_size) if local else None
     where, kind = _device(device), _dtype(dtype)
     # the caller's network stays where and as it is
     module = copy.deepcopy(network.module).eval().requires_grad_(False).to(where, kind)
     if where.type == "cpu":
         module = module.to(memory_format=torch.channels_last)
-    restorer = Restorer(module, spec, where, kind, None, not local, tile)
+    restorer = Restorer(module, spec, where, kind, None, settings is None, tile)
     if settings is None:
         yield restorer
         return
     try:
         conversion = convert(module, settings)
     except NothingToConvert as nothing:
+        restorer.has_global = bool(nothing.plan.still_global)
         restorer.say_once(f"{nothing}; it runs as it is")
         yield restorer
         return
     with conversion:
-        restorer.window = _pair(settings.window)
+        restorer.has_global = bool(conversion.plan.still_global)
+        restorer.window = settings.widest
         yield restorer
 
 
 def settings_for(
-    network: Network, window: Size | None = None, train_size: Size | None = None
-) -> Local:
-    """How the network becomes local: what is asked for, the rest from its spec.
+    network: Network,
+    local: bool | Local = True,
+    window: Size | None = None,
+    train_size: Size | None = None,
+    only: Sequence[str] = (),
+    stride: Size | None = None,
+) -> Local | None:
+    """How the network becomes local: what is asked for, the rest from its spec; None for not.
 
     Raises:
-        FullresError: the training size is not known.
+        FullresError: the training size is not known, or two arguments contradict.
     """
+    if local is not True and (window or train_size or only or stride):
+        raise FullresError(
+            "--window, --train-size, --only and --stride have no effect with "
+            f"{'a Local that says it all' if local else '--global'}: leave out either"
+        )
+    if local is not True:
+        return local or None
     size = train_size or network.spec.train_size
     if not size:
         raise FullresError(
             f"{network.spec.architecture}: the network does not say the size of the crops it was "
             "trained on; give it with --train-size, or run it as it is with --global"
         )
-    return Local(size, window)
+    return Local(size, window, only=tuple(only) or None, stride=stride)
 
 
 @torch.inference_mode()
@@ -320,10 +341,6 @@ def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise FullresError(f"unknown data type {name!r}; known: {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _pair(size: Size | None) -> tuple[int, int] | None:
-    return (size, size) if isinstance(size, int) else size
 
 
 def _nothing(job: Job) -> int:

@@ -9,12 +9,17 @@ from torch import nn
 
 from fullres.errors import ConversionError
 from fullres.local.forms import Form, take_form
-from fullres.local.plan import Local, Operation, Plan, forms_taken, plan
+from fullres.local.plan import Operation, Plan, forms_taken, plan
 from fullres.local.rules import SOUGHT
+from fullres.local.settings import Local
 
 
 class NothingToConvert(ConversionError):  # noqa: N818 - a finding more than a fault
-    """The network has no global operation that can become local."""
+    """The network has no global operation that can become local; `plan` says what it has."""
+
+    def __init__(self, message: str, plan: Plan) -> None:
+        super().__init__(message)
+        self.plan = plan
 
 
 def convert(module: nn.Module, local: Local, example: Any = None) -> Conversion:
@@ -44,7 +49,8 @@ def convert(module: nn.Module, local: Local, example: Any = None) -> Conversion:
     if not planned.converted:
         kept = "".join(f"; {op.label} stays: {op.reason}" for op in planned.kept)
         raise NothingToConvert(
-            f"nothing to convert in {type(module).__name__}: looked for {SOUGHT}{kept}"
+            f"nothing to convert in {type(module).__name__}: looked for {SOUGHT}{kept}",
+            planned,
         )
     return Conversion(module, planned)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,48 +16,11 @@ from fullres.local.calibrate import Calibration, Shadow, Shape, calibrate, first
 from fullres.local.forms import CountsCalls, Form, LocalForm, Window, form_of, mixed, take_form
 from fullres.local.functional import Call, LocalCalls, Site
 from fullres.local.pooled import Pooled, calls_on_pooled
-from fullres.local.rules import RULES, LocalAvgPool2d, LocalMaxPool2d
+from fullres.local.rules import RULES, LocalAvgPool2d, LocalMaxPool2d, Stays
+from fullres.local.settings import Local
 from fullres.local.table import table
 
-Size = int | tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Local:
-    """How local: the window of every global operation, by the size of the training crops.
-
-    >>> Local(256).window
-    (384, 384)
-    """
-
-    train_size: Size
-    """Height and width, in pixels, of the crops that the network was trained on."""
-    window: Size | None = None
-    """Height and width of the window in input pixels; by default 1.5 × the training size."""
-
-    def __post_init__(self) -> None:
-        train = _pair("train_size", self.train_size)
-        window = self.window
-        if window is None:
-            window = (3 * train[0] // 2, 3 * train[1] // 2)
-        object.__setattr__(self, "train_size", train)
-        object.__setattr__(self, "window", _pair("window", window))
-
-    def window_at(self, feature: tuple[int, int]) -> Window:
-        """Window on a map that measures `feature` (height, width) at the training size."""
-        (th, tw), (wh, ww) = _pair("train_size", self.train_size), _pair("window", self.window)
-        return max(1, feature[0] * wh // th), max(1, feature[1] * ww // tw)
-
-
-def _pair(what: str, size: Any) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else size
-    if (
-        not isinstance(pair, tuple)
-        or len(pair) != 2
-        or not all(isinstance(n, int) and n >= 1 for n in pair)
-    ):
-        raise ConversionError(f"{what} is a number of pixels or a (height, width), got {size!r}")
-    return pair
+NOT_TAKEN = "is not among those that `only` asks for"
 
 
 @dataclass(frozen=True)
@@ -75,7 +39,9 @@ class Operation:
     form: Form | None = None
     """Its local form; None where it stays global."""
     reason: str | None = None
-    """Why it stays global."""
+    """Why it stays as it is."""
+    is_global: bool = True
+    """Whether its result, as it is, depends on the whole picture."""
     site: Site | None = None
     """Where the module's forward calls it, if it is a function and not the module itself."""
 
@@ -111,6 +77,11 @@ class Plan:
         """The operations that stay global, each with its reason."""
         return tuple(op for op in self.operations if op.form is None)
 
+    @property
+    def still_global(self) -> tuple[Operation, ...]:
+        """The operations whose result goes on to depend on the whole picture."""
+        return tuple(op for op in self.kept if op.is_global)
+
     def __str__(self) -> str:
         return table(self)
 
@@ -128,7 +99,8 @@ def plan(module: nn.Module, local: Local, example: Any = None) -> Plan:
             the network takes something other than one picture (B, C, H, W).
 
     Raises:
-        ConversionError: the network does not run at its training size, or is local already.
+        ConversionError: the network does not run at its training size, is local already, or has
+            nothing that a setting of `local` is meant for.
 
     >>> from torch import nn
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8))
@@ -150,11 +122,13 @@ def plan(module: nn.Module, local: Local, example: Any = None) -> Plan:
             f"{type(module).__name__} is local already; revert that conversion first"
         )
     found = _find(module)
-    train = _pair("train_size", local.train_size)
-    calibration = calibrate(module, [op.name for op in found], train, example)
+    size = local.train_size
+    assert isinstance(size, tuple)
+    calibration = calibrate(module, [op.name for op in found], size, example)
     operations = [_planned(op, calibration.seen[op.name], local) for op in found]
     larger = _Larger(calibration.shadow, calibration.shadow.enlarged(calibration.inputs, 2))
     operations += _called(module, operations, calibration, larger, local)
+    _check_used(local, operations)
     return Plan(type(module).__name__, local, _that_run(operations, larger))
 
 
@@ -171,10 +145,33 @@ def _find(module: nn.Module) -> list[Operation]:
             for rule in RULES:
                 look = rule.look(part)
                 if look is not None:
-                    reason = look if isinstance(look, str) else None
-                    found[id(part)] = Operation((name,), rule.kind, part, reason=reason)
+                    op = Operation((name,), rule.kind, part)
+                    if isinstance(look, Stays):
+                        op = replace(op, reason=look.reason, is_global=look.is_global)
+                    found[id(part)] = op
                     break
     return list(found.values())
+
+
+def _check_used(local: Local, operations: Sequence[Operation]) -> None:
+    """Settings that reach no operation are mistakes."""
+    kinds = dict.fromkeys(op.kind for op in operations)
+    for kind in local.windows:
+        if kind not in kinds:
+            raise ConversionError(
+                f"there is a window for {kind!r}, but the network's operations are of the kinds "
+                f"{', '.join(map(repr, kinds)) or '(none found)'}"
+            )
+    if local.stride is not None and not any("stride" in _options(op.module) for op in operations):
+        raise ConversionError(
+            "there is a stride, but nothing in the network attends within overlapping windows"
+        )
+
+
+def _options(module: nn.Module) -> Iterable[str]:
+    """Names of what a module's `to_local` takes, if it has one."""
+    own = getattr(module, "to_local", None)
+    return inspect.signature(own).parameters if callable(own) else ()
 
 
 def _planned(op: Operation, shapes: Sequence[Shape], local: Local) -> Operation:
@@ -183,22 +180,31 @@ def _planned(op: Operation, shapes: Sequence[Shape], local: Local) -> Operation:
     if op.reason is not None:
         return op
     if not shapes:
-        return replace(op, reason="is not called in a forward pass")
+        return replace(op, reason="is not called in a forward pass", is_global=False)
+    if not local.takes(op.names, op.module):
+        return replace(op, reason=NOT_TAKEN)
     own = callable(getattr(op.module, "to_local", None))
     rule = None if own else next(rule for rule in RULES if rule.look(op.module) is not None)
     for shape in shapes:
         if len(shape) not in ((4,) if rule is None else rule.dims):
             return replace(op, reason=f"is called on {len(shape)} dimensions, not on a map")
-    windows = _windows(shapes, local)
+    windows = _windows(op.kind, shapes, local)
     if rule is not None:
         mixin = rule.look(op.module)
         assert isinstance(mixin, type)
         form = Form(mixed(mixin, type(op.module)), {"local_windows": windows})
-    elif len(windows) == 1:
-        form = form_of(op.module, op.module.to_local(windows[0]))  # type: ignore[operator]
+    elif len({shape[-2:] for shape in shapes}) == 1:
+        form = _own_form(op.module, windows[0], shapes[0][-2:], local)
     else:
         return replace(op, reason="is called at several sizes, its local form has one window")
     return replace(op, windows=windows, form=form)
+
+
+def _own_form(module: Any, window: Window, feature: Shape, local: Local) -> Form:
+    """The form that a module's `to_local` gives, told what it asks for by its parameters."""
+    options = {"feature_size": feature, "stride": local.stride_at((feature[0], feature[1]))}
+    taken = {name: value for name, value in options.items() if name in _options(module)}
+    return form_of(module, module.to_local(window, **taken))
 
 
 class _Larger:
@@ -253,9 +259,11 @@ def _called(
             continue
         part = module.get_submodule(names[owner][0])
         op = Operation(tuple(names[owner]), seen[0][0].name, part, site=site)
-        if all(grows and call.map is not None for call, grows in seen):
+        if not local.takes(op.names, part):
+            found.append(replace(op, reason=NOT_TAKEN))
+        elif all(grows and call.map is not None for call, grows in seen):
             shapes = tuple(call.map for call, _ in seen if call.map is not None)
-            windows = _windows(shapes, local)
+            windows = _windows(op.kind, shapes, local)
             form = Form(mixed(LocalCalls, type(part)), {"local_sites": {site: windows}})
             found.append(replace(op, shapes=shapes, windows=windows, form=form))
         else:
@@ -276,9 +284,9 @@ def _compared(calls: Sequence[Call], later: Sequence[Call]) -> list[tuple[Call, 
     ]
 
 
-def _windows(shapes: Sequence[Shape], local: Local) -> tuple[Window, ...]:
+def _windows(kind: str, shapes: Sequence[Shape], local: Local) -> tuple[Window, ...]:
     """The window of each call, or the one that they share."""
-    windows = tuple(local.window_at((shape[-2], shape[-1])) for shape in shapes)
+    windows = tuple(local.window_at((shape[-2], shape[-1]), kind) for shape in shapes)
     return windows[:1] if len(set(windows)) == 1 else windows
 
 

@@ -1,8 +1,8 @@
 """Rules: which modules are global operations, and the local form of each.
 
 A rule is a function that looks at a module and returns None (not mine), a class to mix into it
-(its local form) or a sentence (global, but it stays so, and why). Rules go by what a module
-computes: a subclass with a forward of its own is not the module that a rule knows.
+(its local form) or `Stays` (it stays as it is, and why). Rules go by what a module computes: a
+subclass with a forward of its own is not the module that a rule knows.
 """
 
 from __future__ import annotations
@@ -122,13 +122,22 @@ def _normalised(
 
 
 @dataclass(frozen=True)
+class Stays:
+    """Why a module that a rule knows stays as it is."""
+
+    reason: str
+    is_global: bool = True
+    """Whether its result depends on the whole picture."""
+
+
+@dataclass(frozen=True)
 class Rule:
     """One kind of global operation."""
 
     kind: str
     """What a report calls it."""
-    look: Callable[[nn.Module], type | str | None]
-    """Local form of the module, or why it stays global, or None where the rule does not apply."""
+    look: Callable[[nn.Module], type | Stays | None]
+    """Local form of the module, or why it stays, or None where the rule does not apply."""
     dims: tuple[int, ...] = (4,)
     """Numbers of dimensions that its local form takes."""
 
@@ -137,13 +146,13 @@ def _computes_as(module: nn.Module, cls: type[nn.Module]) -> bool:
     return isinstance(module, cls) and type(module).forward is cls.forward
 
 
-def _average_pool(module: nn.Module) -> type | str | None:
+def _average_pool(module: nn.Module) -> type | Stays | None:
     if not _computes_as(module, nn.AdaptiveAvgPool2d):
         return None
     return _unless_to_one(module.output_size, LocalAvgPool2d)
 
 
-def _unless_to_one(size: Any, form: type) -> type | str | None:
+def _unless_to_one(size: Any, form: type) -> type | Stays | None:
     """The form of a pooling to 1 × 1; why it stays global if it pools to another size."""
     height, width = size if isinstance(size, tuple) else (size, size)
     if (height, width) == (1, 1):
@@ -151,32 +160,35 @@ def _unless_to_one(size: Any, form: type) -> type | str | None:
     if height is None and width is None:
         return None
     shape = " × ".join("the input's" if n is None else str(n) for n in (height, width))
-    return f"pools to {shape}, not to 1 × 1"
+    return Stays(f"pools to {shape}, not to 1 × 1")
 
 
-def _max_pool(module: nn.Module) -> type | str | None:
+def _max_pool(module: nn.Module) -> type | Stays | None:
     if not _computes_as(module, nn.AdaptiveMaxPool2d):
         return None
     if module.return_indices:
-        return "also gives the position of the maximum, which has no local form"
+        return Stays("also gives the position of the maximum, which has no local form")
     return _unless_to_one(module.output_size, LocalMaxPool2d)
 
 
-def _instance_norm(module: nn.Module) -> type | str | None:
+def _instance_norm(module: nn.Module) -> type | Stays | None:
     if not _computes_as(module, nn.InstanceNorm2d):
         return None
     if module.track_running_stats:
-        return "normalises with running statistics, which are the same for every picture size"
+        return Stays(
+            "normalises with running statistics, which are the same for every picture size",
+            is_global=False,
+        )
     return LocalInstanceNorm2d
 
 
-def _group_norm(module: nn.Module) -> type | str | None:
+def _group_norm(module: nn.Module) -> type | Stays | None:
     return LocalGroupNorm if _computes_as(module, nn.GroupNorm) else None
 
 
-def _batch_norm(module: nn.Module) -> type | str | None:
+def _batch_norm(module: nn.Module) -> type | Stays | None:
     if _computes_as(module, nn.BatchNorm2d) and not module.track_running_stats:
-        return "normalises over the batch as well, which has no window"
+        return Stays("normalises over the batch as well, which has no window")
     return None
 
 

@@ -63,6 +63,8 @@ class TransposedAttention(nn.Module):
 
     window: tuple[int, int] | None = None
     """Height and width of the window in positions; None for the whole map."""
+    stride: tuple[int, int] | None = None
+    """Positions between windows; None for as few windows as cover the map."""
 
     def __init__(self, channels: int, heads: int, bias: bool) -> None:
         super().__init__()
@@ -74,31 +76,38 @@ class TransposedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv_dwconv(self.qkv(x)).chunk(3, dim=1)
-        y: Tensor = self.project_out(transposed_attention(q, k, v, self.temperature, self.window))
+        x = transposed_attention(q, k, v, self.temperature, self.window, self.stride)
+        y: Tensor = self.project_out(x)
         return y
 
-    def to_local(self, window: tuple[int, int]) -> LocalTransposedAttention:
+    def to_local(
+        self, window: tuple[int, int], stride: tuple[int, int] | None = None
+    ) -> LocalTransposedAttention:
         """The same attention within overlapping windows, sharing the parameters of this one.
 
         Args:
             window: height and width in positions of the map.
+            stride: positions between windows, at most the window; down to (1, 1), every window.
+                By default as few windows as cover the map.
         """
         local = LocalTransposedAttention.__new__(LocalTransposedAttention)
         vars(local).update(vars(self))
-        local.window = window
+        local.window, local.stride = window, stride
         return local
 
 
 class LocalTransposedAttention(TransposedAttention):
     """Transposed attention within overlapping windows, averaged where they overlap.
 
-    As many windows as cover the map, spaced evenly (`fullres.ops.windows.window_starts`). Where
-    one covers it, the same as the global form.
+    Without a stride as few windows as cover the map, spaced evenly
+    (`fullres.ops.windows.window_starts`). Where one covers it, the same as the global form.
     """
 
     window: tuple[int, int]
 
-    def to_local(self, window: tuple[int, int]) -> LocalTransposedAttention:
+    def to_local(
+        self, window: tuple[int, int], stride: tuple[int, int] | None = None
+    ) -> LocalTransposedAttention:
         """Refused: it is local.
 
         Raises:
