@@ -59,7 +59,7 @@ HEAVY = [
 
 ORDER = [
     {"cli", "console", "web", "__main__"},
-    {"restore", "batch", "evaluate", "export", "training", "studies"},
+    {"restore", "batch", "feed", "evaluate", "export", "training", "studies"},
     {"io", "tiles", "memory", "local", "networks", "data", "metrics"},
     {"ops", "weights"},
     {"errors"},
@@ -70,6 +70,7 @@ ALLOWED = {
     ("cli", "console"),
     ("__main__", "cli"),
     ("restore", "batch"),
+    ("restore", "feed"),
     ("networks", "io.checkpoint"),
     ("cli", "fullres"),
 }

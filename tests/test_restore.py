@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import fullres as fr
+from fullres.feed import Given, open_feed
 from fullres.io.image import open_image
 from fullres.tiles import Grid
 
@@ -391,7 +392,10 @@ def test_the_bundled_denoiser_removes_noise(tmp_path):
 
 def test_the_halo_of_the_plan_follows_the_window(tmp_path, net):
     photo = make(tmp_path / "photo.png")
-    with restoring.ready(net, fr.Local(64, (100, 200))) as restorer, open_image(photo) as source:
-        grid, tiles = restoring.plan_picture(source, restorer)
+    with (
+        restoring.ready(net, fr.Local(64, (100, 200))) as restorer,
+        open_feed(photo, None, net.spec, Given()) as feed,
+    ):
+        grid, tiles = restoring.plan_picture(feed, restorer)
     assert grid == Grid((60, 90), (116, 164), 4)
     assert len(tiles) == 1

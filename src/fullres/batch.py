@@ -30,6 +30,8 @@ class Job:
     target: Path
     comparison: Path | None = None
     """Where the before/after picture goes, if one is wanted."""
+    right: Path | None = None
+    """The right view, where the picture is the left one of two."""
 
     @property
     def outputs(self) -> tuple[Path, ...]:
@@ -120,6 +122,7 @@ def find(
     target: str | Path | None = None,
     suffix: str | None = None,
     comparison: bool = False,
+    right: str | Path | None = None,
 ) -> Batch:
     """Find the pictures and decide where every result goes, before any work begins.
 
@@ -133,6 +136,8 @@ def find(
         suffix: added to the name of every result, or of the folder of results; "-restored" where
             no target is given, otherwise nothing.
         comparison: whether a before/after picture goes next to every result.
+        right: the right view of a single picture, or the folder that holds the right views under
+            the names that the pictures have in theirs.
 
     Raises:
         ImageError: nothing is there, two pictures would have the same result, or a result would
@@ -151,7 +156,8 @@ def find(
     for place in _without_results(found, suffix or SUFFIX):
         result = Path(target) if target and not folder else _result(place, folder, suffix)
         both = result.with_name(result.stem + COMPARISON) if comparison else None
-        jobs.append(Job(place.picture, result, both))
+        other = None if right is None else _right(place, Path(right), named)
+        jobs.append(Job(place.picture, result, both, other))
     _check(jobs)
     return Batch(tuple(jobs), named, len(found) - len(jobs))
 
@@ -175,7 +181,8 @@ def waiting(batch: Batch, overwrite: bool) -> list[Job]:
 def is_done(path: Path, job: Job) -> bool:
     """Whether this result of the job is there, and newer than the picture."""
     try:
-        return path.stat().st_mtime_ns >= job.source.stat().st_mtime_ns
+        newest = max(p.stat().st_mtime_ns for p in (job.source, job.right) if p is not None)
+        return path.stat().st_mtime_ns >= newest
     except OSError:
         return False
 
@@ -309,6 +316,17 @@ def _without_results(found: dict[Path, _Place], suffix: str) -> list[_Place]:
     ]
 
 
+def _right(place: _Place, right: Path, named: bool) -> Path:
+    """The right view of a picture."""
+    path = right if named and not right.is_dir() else right / place.relative
+    if not path.is_file():
+        raise ImageError(
+            f"{path}: no such file, the right view of {place.picture}; give --right a picture, or "
+            "a folder with pictures of the same names"
+        )
+    return path
+
+
 def _result(place: _Place, target: Path | None, suffix: str | None) -> Path:
     """A suffix names the result, or the folder of results where those have no target."""
     picture, added = place.picture, SUFFIX if suffix is None else suffix
@@ -320,7 +338,8 @@ def _result(place: _Place, target: Path | None, suffix: str | None) -> Path:
 
 def _check(jobs: Sequence[Job]) -> None:
     """No result may replace a picture, be it by another name, or another result."""
-    pictures = {_identity(job.source): job.source for job in jobs}
+    read = [path for job in jobs for path in (job.source, job.right) if path is not None]
+    pictures = {_identity(path): path for path in read}
     claimed: dict[Path, Path] = {}
     for job in jobs:
         for path in job.outputs:

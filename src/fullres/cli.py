@@ -114,6 +114,25 @@ def restore(
         ),
     ] = None,
     network: NetworkOption = "denoise-small",
+    right: Annotated[
+        str | None,
+        typer.Option(
+            help="Right view of a dual-pixel picture, or the folder of the right views, under "
+            "the same names."
+        ),
+    ] = None,
+    bayer: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", help="The pictures are mosaics: RGGB, BGGR, GRBG or GBRG."),
+    ] = None,
+    noise_level: Annotated[
+        float | None,
+        typer.Option(help="Standard deviation of the noise, 0 to 255, for networks that ask."),
+    ] = None,
+    jpeg_quality: Annotated[
+        int | None,
+        typer.Option(help="Quality the JPEGs were saved with, for networks that ask."),
+    ] = None,
     window: WindowOption = None,
     train_size: TrainSizeOption = None,
     only: OnlyOption = None,
@@ -161,6 +180,10 @@ def restore(
             paths[0] if len(paths) == 1 else paths,
             output,
             network,
+            right=right,
+            bayer=bayer,
+            noise_level=noise_level,
+            jpeg_quality=jpeg_quality,
             local=not as_it_is,
             window=window,
             train_size=train_size,

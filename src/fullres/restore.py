@@ -17,8 +17,8 @@ from torch import Tensor
 from fullres import batch
 from fullres.batch import Job, Paths, Progress, Report, Silent
 from fullres.errors import FullresError
+from fullres.feed import Feed, Given, open_feed
 from fullres.io.comparison import write_comparison
-from fullres.io.image import Source, open_image
 from fullres.local import Local, NothingToConvert, convert
 from fullres.memory import free_memory, peak_memory, use_huge_pages
 from fullres.networks.catalog import open_network
@@ -39,6 +39,8 @@ DTYPES = {
 }
 """Data types a network can run in; "auto" is exact everywhere."""
 
+NOTHING_GIVEN = Given()
+
 Size = int | tuple[int, int]
 
 
@@ -47,6 +49,10 @@ def restore(
     target: str | Path | None = None,
     network: str | Path | Network = "denoise-small",
     *,
+    right: str | Path | None = None,
+    bayer: str | None = None,
+    noise_level: float | None = None,
+    jpeg_quality: int | None = None,
     local: bool | Local = True,
     window: Size | None = None,
     train_size: Size | None = None,
@@ -72,6 +78,11 @@ def restore(
         target: the result of a single picture, or a folder; without it a picture's result goes
             next to it (`photo-restored.jpg`) and those of a folder into `FOLDER-restored`.
         network: name of a bundled network, a checkpoint, or an open network (left unchanged).
+        right: right view of a dual-pixel picture whose left view is `source`, or the folder of
+            the right views, under the same names.
+        bayer: pattern of the mosaics that the pictures are, `RGGB`, `BGGR`, `GRBG` or `GBRG`.
+        noise_level: standard deviation of the noise in 1/255 of white, for networks that ask.
+        jpeg_quality: quality that the pictures were compressed with, for networks that ask.
         local: convert the network's global operations to local ones; False runs it as it is. A
             `Local` says all about the conversion, in place of the four arguments that follow.
         window: local window in pixels, one number or (height, width); 1.5 × the training size
@@ -100,17 +111,19 @@ def restore(
     """
     use_huge_pages()
     progress = progress or Silent()
-    found = batch.find(source, target, suffix, compare)
+    given = Given(bayer, noise_level, jpeg_quality, views=right is not None)
+    found = batch.find(source, target, suffix, compare, right)
     if not batch.waiting(found, overwrite):
         return batch.run(found, _nothing, overwrite, progress)
     opened = network if isinstance(network, Network) else open_network(network)
+    given.condition(opened.spec)
     settings = settings_for(opened, local, window, train_size, only, stride)
     with ready(opened, settings, device, dtype, tile) as restorer:
 
         def work(job: Job) -> int:
             pixels = 0
             if overwrite or not batch.is_done(job.target, job):
-                pixels = restore_picture(job, restorer, bits, quality, progress)
+                pixels = restore_picture(job, restorer, given, bits, quality, progress)
             if job.comparison:
                 write_comparison(job.source, job.target, job.comparison)
             return pixels
@@ -231,6 +244,7 @@ def settings_for(
 def restore_picture(
     job: Job,
     restorer: Restorer,
+    given: Given = NOTHING_GIVEN,
     bits: int | None = None,
     quality: int = 95,
     progress: Progress | None = None,
@@ -239,62 +253,52 @@ def restore_picture(
 
     Raises:
         ImageError: the picture cannot be read or its result not written.
-        FullresError: the network fails on it.
+        FullresError: the network does not take such pictures, or fails on this one.
     """
     progress = progress or Silent()
-    with open_image(job.source) as source:
-        progress.picture(job, source.height * source.width)
-        with source.create(job.target, restorer.spec.scale, bits, quality) as sink:
-            grid, tiles = plan_picture(source, restorer)
+    with open_feed(job.source, job.right, restorer.spec, given) as feed:
+        height, width = feed.size
+        progress.picture(job, height * width)
+        with feed.create(job.target, bits, quality) as sink:
+            grid, tiles = plan_picture(feed, restorer)
 
             def run(tile: Tile) -> None:
                 rows, columns = tile.rows, tile.columns
-                part = source.read(rows.run_start, columns.run_start, rows.run, columns.run)
-                restored = restore_tensor(part, restorer, source.path)
-                paste(sink.write, tile, restored)
+                part = feed.read(rows.run_start, columns.run_start, rows.run, columns.run)
+                restored = restore_tensor(part, restorer, job.source)
+                paste(sink.write, tile, feed.result(restored))
 
             restorer.too_large = run_tiles(tiles, grid, run, progress.tile, restorer.too_large)
-        return source.height * source.width
+        return height * width
 
 
-def plan_picture(source: Source, restorer: Restorer) -> tuple[Grid, list[Tile]]:
+def plan_picture(feed: Feed, restorer: Restorer) -> tuple[Grid, list[Tile]]:
     """Tiles that the memory free now holds, or of the side that was asked for."""
-    halo = halo_for(restorer.window, restorer.spec.multiple)
-    grid = Grid((source.height, source.width), halo, restorer.spec.multiple)
+    halo = halo_for(restorer.window, feed.multiple)
+    grid = Grid(feed.size, halo, feed.multiple)
     if restorer.tile:
         tiles = grid.tiles((restorer.tile, restorer.tile))
     else:
         free = free_memory(restorer.device)
-        with _naming(source.path):
+        with _naming(feed.source.path):
             tiles = choose_tiles(grid, restorer.peak, int(MEMORY_SHARE * free), free)
     if len(tiles) > 1 and restorer.has_global:
         restorer.say_once("large pictures run in tiles: global operations see one tile at a time")
     return grid, tiles
 
 
-def restore_tensor(picture: Tensor, restorer: Restorer, path: Path) -> Tensor:
-    """Restore (C, H, W) in [0, 1], on the CPU, whatever number of channels the network takes.
+def restore_tensor(x: Tensor, restorer: Restorer, path: Path) -> Tensor:
+    """Restore (B, in_channels, H, W) in [0, 1]; in and out are float32 and on the CPU.
 
     Raises:
-        FullresError: the network does not take such pictures, fails, or gives NaN or infinity.
+        FullresError: the network fails, or gives NaN or infinity; names the picture, `path`.
     """
-    channels, wanted = picture.shape[0], restorer.spec.in_channels
-    if channels == wanted:
-        x = picture[None]
-    elif channels == 1:
-        x = picture.expand(1, wanted, -1, -1)
-    elif wanted == 1:
-        x = picture[:, None]  # every channel is a picture of its own
-    else:
-        raise FullresError(f"{path}: has {channels} channels, but the network takes {wanted}")
     x = x.to(restorer.device, restorer.dtype) * restorer.spec.value_range
     if restorer.device.type == "cpu":
         x = x.contiguous(memory_format=torch.channels_last)
     with _naming(path):
         y: Tensor = restorer.module(x).float() / restorer.spec.value_range
-    if channels == 1:
-        y = y.mean(1, keepdim=True)
-    y = y.flatten(0, 1).cpu()  # (C, H, W) whether the channels were channels or pictures
+    y = y.cpu()
     if not y.isfinite().all():
         remedy = (
             "try --dtype float32"

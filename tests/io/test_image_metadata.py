@@ -7,6 +7,7 @@ import pytest
 import tifffile
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import IFDRational
 
 from fullres.io import vips
 from fullres.io.image import open_image
@@ -22,6 +23,7 @@ def camera_exif():
     photo = exif.get_ifd(0x8769)
     photo[0x9003], photo[0x829A] = "2024:01:02 03:04:05", (1, 125)
     photo[0xA002], photo[0xA003], photo[0x927C] = 33, 21, b"maker note"
+    photo[0x9214], photo[0xA20E] = (10, 5, 3, 2), IFDRational(2469, 2)
     gps = exif.get_ifd(0x8825)
     gps[1], gps[2] = "N", (51.0, 30.0, 12.5)
     return exif
@@ -45,7 +47,9 @@ def test_exif_survives_two_formats_with_sizes_put_right(tmp_path, noise, copy, f
     assert (gps[1], gps[2]) == ("N", (51.0, 30.0, 12.5))
     assert (photo[0xA002], photo[0xA003]) == (66, 42)
     assert (image.get(0x100, 66), image.get(0x101, 42)) == (66, 42)
-    assert round(float(image[282])) == 300
+    assert round(float(image[282])) == 600  # as large in print
+    assert float(photo[0xA20E]) == 2 * 1234.5  # the sensor's pixels, twice as dense
+    assert photo[0x9214] == (20, 10, 6, 4)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])

@@ -80,7 +80,14 @@ class Plan:
         return colour.Scale(16) if self.cmyk else self.scale
 
 
-def plan(origin: Origin, target: Path, factor: int, bits: int | None, quality: int) -> Plan:
+def plan(
+    origin: Origin,
+    target: Path,
+    factor: int,
+    bits: int | None,
+    quality: int,
+    coloured: bool = False,
+) -> Plan:
     """Decide on format and samples; raises ImageError where the format cannot hold them."""
     if factor < 1 or not 1 <= quality <= 100:
         raise ValueError(f"scale {factor} must be at least 1 and quality {quality} in 1 to 100")
@@ -101,7 +108,7 @@ def plan(origin: Origin, target: Path, factor: int, bits: int | None, quality: i
         raise ImageError(
             f"{target}: this build of libvips cannot write {chosen.name}; write a .png or .tif"
         )
-    channels = 1 if origin.kind is colour.Kind.GREY else 3
+    channels = 1 if origin.kind is colour.Kind.GREY and not coloured else 3
     cmyk = origin.kind is colour.Kind.CMYK and chosen.cmyk and scale.bits != 32
     return Plan(target, chosen, factor, height, width, channels, scale, quality, cmyk)
 
@@ -152,6 +159,8 @@ def compose(origin: Origin, plan: Plan, pixels: np.ndarray[Any, Any]) -> Any:
             profile = profile and vips.builtin_profile("srgb")
     else:
         image = vips.from_array(pixels, "rgb16" if deep else "srgb")
+        if origin.kind is colour.Kind.GREY:
+            profile = None  # it is of the grey picture
     if plan.cmyk:
         image = colour.changed_inks(origin.stored, image, origin.scale, plan.scale, plan.factor)
     elif origin.kind is colour.Kind.CMYK:
@@ -160,7 +169,7 @@ def compose(origin: Origin, plan: Plan, pixels: np.ndarray[Any, Any]) -> Any:
         name = image.interpretation
         alpha = colour.alpha_band(origin.stored, origin.scale, plan.scale, plan.factor)
         image = image.bandjoin(alpha).copy(interpretation=name)
-    image = metadata.carry(origin.stored, image, plan.format.name, profile)
+    image = metadata.carry(origin.stored, image, plan.format.name, profile, plan.factor)
     return image if plan.format.orientation else image.autorot()
 
 
@@ -172,7 +181,7 @@ def save(origin: Origin, plan: Plan, image: Any, path: Path) -> None:
     elif plan.format.name == "PNG":
         image.pngsave(name, compression=6, filter="all", bitdepth=plan.scale.bits)
     elif plan.format.name == "TIFF":
-        _save_tiff(origin, image, path)
+        _save_tiff(origin, image, path, plan.factor)
     elif plan.format.name == "WebP":
         lossy = {"Q": plan.quality, "smart_subsample": True}
         image.webpsave(name, **({"lossless": True, "exact": True} if origin.lossless else lossy))
@@ -186,7 +195,7 @@ def save(origin: Origin, plan: Plan, image: Any, path: Path) -> None:
         )
 
 
-def _save_tiff(origin: Origin, image: Any, path: Path) -> None:
+def _save_tiff(origin: Origin, image: Any, path: Path, factor: int) -> None:
     compression = origin.compression or "deflate"
     if compression == "zstd":  # not in every build of libvips
         compression = "deflate"
@@ -199,7 +208,7 @@ def _save_tiff(origin: Origin, image: Any, path: Path) -> None:
         tile_height=256,
         bigtiff=vips.size(image) > _BIGTIFF_FROM,
     )
-    exif = metadata.fields_for_tiff(origin.stored, image.width, image.height)
+    exif = metadata.fields_for_tiff(origin.stored, image.width, image.height, factor)
     if exif:
         with path.open("r+b") as file:
             tiff.attach_exif(file, exif)

@@ -142,11 +142,13 @@ class Source:
         scale: int = 1,
         bits: int | None = None,
         quality: int = 95,
+        as_colour: bool = False,
     ) -> Sink:
         """Prepare the output picture at `target`, whose suffix gives the format.
 
         It is `scale` times as large, takes metadata and alpha from here, and keeps the bit depth
-        unless `bits` (8, 16 or 32) is given. `quality` (1 to 100) is for lossy formats.
+        unless `bits` (8, 16 or 32) is given. `quality` (1 to 100) is for lossy formats. `as_colour`
+        makes a colour picture of a grey one.
 
         Where the source is CMYK, what is written is sRGB, as `read` gives it. JPEG and TIFF then
         hold the stored inks with the change to that sRGB added; other formats hold the sRGB.
@@ -163,7 +165,7 @@ class Source:
             compression=self._probe.compression,
             tiled=self._probe.tiff is not None and self._probe.tiff.tiled,
         )
-        return Sink(origin, plan(origin, Path(target), scale, bits, quality))
+        return Sink(origin, plan(origin, Path(target), scale, bits, quality, as_colour))
 
     def _scale(self) -> colour.Scale:
         significant = vips.field(self._pixels, "bits-per-sample")

@@ -35,14 +35,15 @@ def complete(image: Any, description: tiff.Description | None) -> Any:
     return image
 
 
-def carry(source: Any, image: Any, format_name: str, profile: bytes | None) -> Any:
+def carry(source: Any, image: Any, format_name: str, profile: bytes | None, factor: int = 1) -> Any:
     """A copy of `image` with the metadata of `source`, fit for a file of the format.
 
-    `profile` is the ICC profile of the new pixels; None leaves them without one. Thumbnails and
-    the fields that describe how `source` was stored are left behind.
+    `profile` is the ICC profile of the new pixels; None leaves them without one. `image` is
+    `factor` times as large, and as large in print. Thumbnails and the fields that describe how
+    `source` was stored are left behind.
     """
     image = image.copy()
-    _copy_exif(source, image)
+    _copy_exif(source, image, factor)
     for name in [*_KEPT, *_texts(source)]:
         if source.get_typeof(name):
             image.set_type(source.get_typeof(name), name, source.get(name))
@@ -55,14 +56,16 @@ def carry(source: Any, image: Any, format_name: str, profile: bytes | None) -> A
     if profile is not None:
         vips.set_blob(image, "icc-profile-data", profile)
     _fit_iptc(image, format_name)
-    return image.copy(xres=source.xres, yres=source.yres)
+    return image.copy(xres=source.xres * factor, yres=source.yres * factor)
 
 
-def fields_for_tiff(source: Any, width: int, height: int) -> tiff.Exif:
+def fields_for_tiff(source: Any, width: int, height: int, factor: int = 1) -> tiff.Exif:
     """The EXIF and IPTC of `source` for a TIFF of the given size; libvips writes it without."""
     block = vips.field(source, "exif-data")
     try:
-        exif = tiff.parse_exif(block).resized(width, height) if block else tiff.Exif()
+        exif = tiff.Exif()
+        if block:
+            exif = tiff.parse_exif(tiff.enlarged(block, factor)).resized(width, height)
     except ValueError as error:
         _log.warning("damaged EXIF is left out: %s", error)
         exif = tiff.Exif()
@@ -85,13 +88,14 @@ def _texts(image: Any) -> list[str]:
     return [name for name in names if not re.search("Raw profile|XML:com.adobe", name)]
 
 
-def _copy_exif(source: Any, image: Any) -> None:
+def _copy_exif(source: Any, image: Any, factor: int) -> None:
     """Copy the EXIF block, from which libvips sets a field for each tag, without thumbnail."""
     block = vips.field(source, "exif-data")
     if not block:
         return
     try:
-        vips.set_blob(image, "exif-data", tiff.without_thumbnail(block))
+        block = tiff.enlarged(tiff.without_thumbnail(block), factor)
+        vips.set_blob(image, "exif-data", block)
     except ValueError as error:
         _log.warning("damaged EXIF is left out: %s", error)
 

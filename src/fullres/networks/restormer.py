@@ -332,6 +332,11 @@ def _expansion(dim: int, hidden: Sequence[int]) -> float | None:
     return None
 
 
+def _views(hyperparameters: Mapping[str, Any]) -> int:
+    channels = hyperparameters["inp_channels"], hyperparameters["out_channels"]
+    return 2 if hyperparameters["dual_pixel_task"] and channels[0] == 2 * channels[1] else 1
+
+
 def _spec(hyperparameters: Mapping[str, Any]) -> Spec:
     return Spec(
         architecture="restormer",
@@ -339,6 +344,7 @@ def _spec(hyperparameters: Mapping[str, Any]) -> Spec:
         in_channels=hyperparameters["inp_channels"],
         out_channels=hyperparameters["out_channels"],
         multiple=MULTIPLE,
+        views=_views(hyperparameters),
         task="defocus" if hyperparameters["dual_pixel_task"] else None,
     )
 

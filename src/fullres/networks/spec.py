@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ class Spec:
     hyperparameters: Mapping[str, Any]
     """All arguments of the architecture, as `create_network` takes them."""
     in_channels: int
-    """Channels of the input."""
+    """Channels of the input, those of all views and of the condition among them."""
     out_channels: int
     """Channels of the output."""
     scale: int = 1
@@ -36,6 +36,11 @@ class Spec:
     """White: inputs and outputs lie between 0 and this value."""
     frames_lost: tuple[int, int] | None = None
     """Frames that a video network drops at the start and at the end; None for pictures."""
+    views: int = 1
+    """Pictures that an input stacks; 2 for the left and right view of a dual-pixel camera."""
+    condition: Literal["noise level", "JPEG quality"] | None = None
+    """What the last channel of the input tells, the same at every pixel: the standard deviation
+    of the noise (white is 1), or the quality of the JPEG over 100."""
     task: str | None = None
     """What the weights do to a picture, where it is known."""
     train_size: int | None = None
