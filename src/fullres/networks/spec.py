@@ -91,6 +91,9 @@ class Architecture:
     """
     spec: Callable[[Mapping[str, Any]], Spec]
     """The spec of a network with these hyperparameters, all given."""
+    published: Callable[[str, Mapping[Any, Any]], Mapping[str, Any]] = lambda stem, content: {}
+    """Arguments that neither names nor shapes tell but a file does as it was published: by its
+    name without suffix, and by what it holds beside the weights."""
     adapt: Callable[[State], State] = dict
     """Renames or drops what published state dicts have beside or unlike the module's own names."""
 
