@@ -19,7 +19,7 @@ from fullres.batch import Job, Paths, Progress, Report, Silent
 from fullres.errors import FullresError
 from fullres.feed import Feed, Given, open_feed
 from fullres.io.comparison import write_comparison
-from fullres.local import Local, NothingToConvert, convert
+from fullres.local import Local, NothingToConvert, convert, plan
 from fullres.memory import free_memory, peak_memory, use_huge_pages
 from fullres.networks.catalog import open_network
 from fullres.networks.spec import Network, Spec
@@ -40,6 +40,8 @@ DTYPES = {
 """Data types a network can run in; "auto" is exact everywhere."""
 
 NOTHING_GIVEN = Given()
+NOMINAL_SIZE = 64
+"""Size at which a network of unknown training size is looked at for global operations."""
 
 Size = int | tuple[int, int]
 
@@ -232,6 +234,8 @@ def settings_for(
     if local is not True:
         return local or None
     size = train_size or network.spec.train_size
+    if not size and not plan(network.module, Local(NOMINAL_SIZE)).operations:
+        size = NOMINAL_SIZE  # any would do: there is nothing to convert
     if not size:
         raise FullresError(
             f"{network.spec.architecture}: the network does not say the size of the crops it was "

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 
 from fullres.networks.catalog import bundled, networks, open_network
-from fullres.networks.spec import Network
+from fullres.networks.spec import Architecture, Network, Spec
 
 
 def describe(network: Network) -> str:
@@ -19,24 +19,36 @@ def describe(network: Network) -> str:
     parameters       1,121,883
     ...
     """
-    spec = network.spec
-    architecture = networks()[spec.architecture]
+    spec, architecture = network.spec, networks().get(network.spec.architecture)
+    known = architecture.tasks if architecture else ()
+    published = f" (published for {', '.join(known)})" if known else ""
     facts = {
-        "architecture": f"{architecture.title} ({architecture.name})",
+        "architecture": _named(spec, architecture),
         "hyperparameters": ", ".join(f"{k}={_plain(v)}" for k, v in spec.hyperparameters.items()),
         "parameters": f"{sum(p.numel() for p in network.module.parameters()):,}",
-        "task": spec.task or f"unknown (published for {', '.join(architecture.tasks)})",
-        "training size": f"{spec.train_size} by {spec.train_size} pixels",
+        "task": spec.task or f"unknown{published}",
+        "training size": f"{spec.train_size} by {spec.train_size} pixels"
+        if spec.train_size
+        else "unknown, so say it (--train-size) where it matters",
         "input multiple": f"{spec.multiple} pixels (other sizes are padded and cropped)",
         "scale": f"{spec.scale}",
         "channels": f"{spec.in_channels} in, {spec.out_channels} out",
-        "paper": architecture.paper,
-        "authors": architecture.authors,
-        "published weights": f"{architecture.weights}, licence {architecture.licence}",
     }
+    if architecture:
+        facts |= {
+            "paper": architecture.paper,
+            "authors": architecture.authors,
+            "published weights": f"{architecture.weights}, licence {architecture.licence}",
+        }
     if spec.frames_lost is not None:
         facts["frames lost"] = "{} at the start, {} at the end".format(*spec.frames_lost)
     return _table(facts.items())
+
+
+def _named(spec: Spec, architecture: Architecture | None) -> str:
+    if architecture:
+        return f"{architecture.title} ({architecture.name})"
+    return f"{spec.architecture}, by way of spandrel"
 
 
 def networks_table(folder: str | os.PathLike[str] | None = None) -> str:
@@ -57,7 +69,7 @@ def networks_table(folder: str | os.PathLike[str] | None = None) -> str:
 
 
 def _plain(value: object) -> str:
-    if isinstance(value, tuple):
+    if isinstance(value, list | tuple):
         return f"[{', '.join(map(_plain, value))}]"
     return str(value)
 

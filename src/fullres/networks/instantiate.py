@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fullres.errors import NetworkError
 from fullres.io.checkpoint import Checkpoint
+from fullres.networks import foreign
 from fullres.networks.arguments import complete
 from fullres.networks.spec import Architecture, Network, Spec, State
 
@@ -31,21 +32,39 @@ def load(checkpoint: Checkpoint, architectures: Collection[Architecture]) -> Net
     """The network that a checkpoint holds, in eval mode, in the module's own precision.
 
     The first candidate that any architecture claims decides; among its claims the best fit does.
+    What none claims, or fits, is left to spandrel's architectures, where spandrel is installed.
 
     Raises:
         NetworkError: nothing is claimed, the claimed weights do not fit, or are not finite.
     """
     for state in checkpoint.candidates():
-        claims = _claims(state, checkpoint.metadata, architectures)
+        claims = _claims(state, checkpoint, architectures)
         if claims:
             best = min(claims, key=lambda claim: claim.misfits)
-            return Network(_restored(best), _spec(*best[:2], checkpoint.metadata))
+            other = best.differences["lacks"] or best.differences["has unexpected"]
+            network = _foreign(checkpoint, forgiving=True) if other else None
+            return network or Network(_restored(best), _spec(*best[:2], checkpoint.metadata))
+    network = _foreign(checkpoint)
+    if network is not None:
+        return network
     state = max(checkpoint.candidates(), key=_parameters)
     known = ", ".join(architecture.title for architecture in architectures)
+    more = "those of spandrel" if foreign.installed() else foreign.REMEDY
     raise NetworkError(
         f"is of no known architecture: {_parameters(state):,} parameters in {len(state)} tensors "
-        f"({_some(state)}); known are {known}"
+        f"({_some(state)}); known are {known}, and {more}"
     )
+
+
+def _foreign(checkpoint: Checkpoint, forgiving: bool = False) -> Network | None:
+    """The network as one of spandrel's; None if it is none, or is not in order and `forgiving`."""
+    try:
+        network = foreign.load(checkpoint)
+    except NetworkError:
+        if forgiving:
+            return None
+        raise
+    return network and replace(network, spec=_as_told(network.spec, checkpoint.metadata))
 
 
 class _Claim(NamedTuple):
@@ -63,15 +82,18 @@ class _Claim(NamedTuple):
 
 
 def _claims(
-    state: State, metadata: Mapping[str, str], architectures: Collection[Architecture]
+    state: State, checkpoint: Checkpoint, architectures: Collection[Architecture]
 ) -> list[_Claim]:
-    claims = []
+    claims, metadata = [], checkpoint.metadata
     for architecture in architectures:
         adapted = architecture.adapt(state)
         if "hyperparameters" in metadata and metadata.get("network") == architecture.name:
             found: dict[str, Any] | None = _declared(metadata["hyperparameters"])
         else:
             found = architecture.hyperparameters(adapted)
+            if found is not None:
+                told = architecture.published(checkpoint.path.stem, checkpoint.content)
+                found = {**found, **told}
         if found is not None:
             arguments = complete(architecture.build, found, architecture.title)
             with torch.device("meta"):
@@ -148,12 +170,20 @@ def _spec(
     architecture: Architecture, arguments: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> Spec:
     spec = architecture.spec(arguments)
-    task = metadata.get("task", spec.task)
-    if task is None and len(architecture.tasks) == 1:
-        task = architecture.tasks[0]
+    task = architecture.tasks[0] if len(architecture.tasks) == 1 else None
+    published = replace(
+        spec, task=spec.task or task, train_size=spec.train_size or architecture.train_size
+    )
+    return _as_told(published, metadata)
+
+
+def _as_told(spec: Spec, metadata: Mapping[str, str]) -> Spec:
     size = metadata.get("train_size", "")
-    published = spec.train_size or architecture.train_size
-    return replace(spec, task=task, train_size=int(size) if size.isdecimal() else published)
+    return replace(
+        spec,
+        task=metadata.get("task", spec.task),
+        train_size=int(size) if size.isdecimal() else spec.train_size,
+    )
 
 
 def _parameters(state: State) -> int:

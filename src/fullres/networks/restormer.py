@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fullres.errors import ConversionError
 from fullres.networks.layers import LayerNorm2d, pad_to_multiple
 from fullres.networks.spec import Architecture, Spec, State, count
-from fullres.ops.windows import transposed_attention
+from fullres.ops.parts import in_parts
+from fullres.ops.windows import transposed_attention_in_parts
 
 MULTIPLE = 8
 """Three halvings."""
@@ -75,10 +76,20 @@ class TransposedAttention(nn.Module):
         self.project_out = nn.Conv2d(channels, channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        return transposed_attention_in_parts(
+            self._project,
+            self.project_out,
+            x,
+            self.temperature,
+            self.window,
+            self.stride,
+            channels=3 * x.shape[1],
+            halo=1,
+        )
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv_dwconv(self.qkv(x)).chunk(3, dim=1)
-        x = transposed_attention(q, k, v, self.temperature, self.window, self.stride)
-        y: Tensor = self.project_out(x)
-        return y
+        return q, k, v
 
     def to_local(
         self, window: tuple[int, int], stride: tuple[int, int] | None = None
@@ -154,6 +165,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
+        return in_parts(self._feed_forward, x, channels=self.ffn.project_in.out_channels, halo=1)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
         y: Tensor = x + self.ffn(self.norm2(x))
         return y
 

@@ -12,14 +12,17 @@ cells, and the average of `A_w v` over the windows w that cover a cell is `(aver
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from fullres.ops.cells import gram, pairs, span_sums, squares, weigh, wide
+from fullres.ops.parts import Part, room, split, taken
 
 Size = tuple[int, int]
 
@@ -78,6 +81,93 @@ def transposed_attention(
         x = cells.averages((factor * x).softmax(-1))
         blocks.append(cells.weigh(x, v))
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)).flatten(1, 2)
+
+
+def transposed_attention_in_parts(
+    project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
+    finish: Callable[[Tensor], Tensor],
+    x: Tensor,
+    temperature: Tensor,
+    window: Size | None = None,
+    stride: int | Size | None = None,
+    *,
+    channels: int,
+    halo: int,
+) -> Tensor:
+    """`finish(transposed_attention(*project(x), …))` without whole maps of queries and keys.
+
+    Where the map is small, or derivatives or a graph are being recorded, it is computed as that.
+
+    Args:
+        project: queries, keys and values (B, heads * c, h, w) of a part (B, C, h, w) of the map;
+            a position depends on no input further off than `halo`, and pads with zeros if at all.
+        finish: what becomes of attended values (B, heads * c, h, w), position by position.
+        x: map (B, C, H, W).
+        temperature: as there.
+        window: as there.
+        stride: as there.
+        channels: those of the widest intermediate map of `project`.
+        halo: reach of `project`, in positions.
+
+    Errors as there.
+    """
+    parts = list(split(x, channels, halo))
+    heads = temperature.numel()
+    rows, columns = _axes(x, window, stride)
+    cells = _Cells(_Axis.of(*rows), _Axis.of(*columns))
+    if len(parts) <= 1 or cells.number * heads > _BUDGET // channels:
+        return finish(transposed_attention(*project(x), temperature, window, stride))
+    if isinstance(x, FakeTensor):  # shapes and memory are those of any part
+        parts = parts[:1]
+    out: Tensor | None = None
+    for number in range(len(x)):
+        sums, values = _summed(project, x, number, parts, heads, cells)
+        m = _matrices(cells, *sums, temperature)
+        for part in parts:
+            here, top, left = cells.within(part)
+            piece = _by_head(values[part.place], heads)
+            y = finish(here.weigh(here.cut(m, top, left), piece).flatten(1, 2))
+            if out is None:
+                out = room(x, y.shape[1], y.dtype)
+            out[number][part.place] = y[0]
+    assert out is not None
+    return out
+
+
+def _summed(
+    project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
+    x: Tensor,
+    number: int,
+    parts: Sequence[Part],
+    heads: int,
+    cells: _Cells,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Gram matrices and squares of queries and keys by cell, and the values, of one map."""
+    totals: list[Tensor] = []
+    values: Tensor | None = None
+    for part in parts:
+        q, k, v = (z[part.inside] for z in project(taken(x, number, part)))
+        here, top, left = cells.within(part)
+        _checked_heads(q, k, v, x.new_empty(heads))
+        q, k = _by_head(q, heads), _by_head(k, heads)
+        sums = here.gram(q, k), here.squares(q), here.squares(k)
+        if values is None:
+            values = room(x[:1], v.shape[1], v.dtype)
+            totals = [s.new_zeros(*cells.shape, *s.shape[2:]) for s in sums]
+        for total, some in zip(totals, sums, strict=True):
+            here.cut(total, top, left).add_(some)
+        values[part.place] = v
+    assert values is not None
+    return (totals[0], totals[1], totals[2]), values
+
+
+def _matrices(
+    cells: _Cells, gram: Tensor, q_squares: Tensor, k_squares: Tensor, temperature: Tensor
+) -> Tensor:
+    """The averaged attention matrices of each cell, from sums by cell."""
+    q, k = (cells.windows(s).clamp_min(EPS**2).sqrt() for s in (q_squares, k_squares))
+    x = cells.windows(gram) / q.unsqueeze(-1) / k.unsqueeze(-2)
+    return cells.averages((temperature.to(x.dtype).view(-1, 1, 1) * x).softmax(-1))
 
 
 def transposed_attention_reference(
@@ -189,6 +279,12 @@ class _Axis:
             covers=[n for pair in covers for n in pair],
         )
 
+    def within(self, first: int, last: int) -> tuple[_Axis, int]:
+        """The cells between two positions, from the first of these, and which one that is in."""
+        inner = [cut for cut in self.cuts if first < cut < last]
+        axis = _Axis([cut - first for cut in (first, *inner, last)], [], [])
+        return axis, bisect_right(self.cuts, first) - 1
+
 
 @dataclass(frozen=True)
 class _Cells:
@@ -198,8 +294,22 @@ class _Cells:
     columns: _Axis
 
     @property
+    def shape(self) -> Size:
+        return len(self.rows.cuts) - 1, len(self.columns.cuts) - 1
+
+    @property
     def number(self) -> int:
-        return (len(self.rows.cuts) - 1) * (len(self.columns.cuts) - 1)
+        return self.shape[0] * self.shape[1]
+
+    def within(self, part: Part) -> tuple[_Cells, int, int]:
+        """The cells that a part of the map meets, clipped to it, and the first of them."""
+        rows, top = self.rows.within(part.top, part.bottom)
+        columns, left = self.columns.within(part.left, part.right)
+        return _Cells(rows, columns), top, left
+
+    def cut(self, x: Tensor, top: int, left: int) -> Tensor:
+        """Values of these cells among those of all, (rows, columns, …)."""
+        return x[top : top + self.shape[0], left : left + self.shape[1]]
 
     def windows(self, x: Tensor) -> Tensor:
         """Sums over the cells of each window."""
