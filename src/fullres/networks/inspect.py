@@ -32,6 +32,7 @@ def describe(network: Network) -> str:
         else "unknown, so say it (--train-size) where it matters",
         "input multiple": f"{spec.multiple} pixels (other sizes are padded and cropped)",
         "scale": f"{spec.scale}",
+        "input": _input(spec),
         "channels": f"{spec.in_channels} in, {spec.out_channels} out",
     }
     if architecture:
@@ -43,6 +44,21 @@ def describe(network: Network) -> str:
     if spec.frames_lost is not None:
         facts["frames lost"] = "{} at the start, {} at the end".format(*spec.frames_lost)
     return _table(facts.items())
+
+
+def _input(spec: Spec) -> str:
+    """What a user has to give, in words."""
+    channels = spec.in_channels - (spec.condition is not None)
+    kind = {1: "grey pictures", 3: "colour pictures"}.get(channels, f"maps of {channels} channels")
+    if spec.frames_lost is not None:
+        kind = "video"
+    elif spec.views == 2:
+        kind = "the left and the right view of a dual-pixel camera (--right)"
+    elif spec.task == "demosaic":
+        kind = "mosaics of a Bayer sensor (--bayer)"
+    told = {"noise level": "--noise-level", "JPEG quality": "--jpeg-quality"}
+    beside = f", and the {spec.condition} ({told[spec.condition]})" if spec.condition else ""
+    return f"{kind}{beside}; values from 0 to {spec.value_range:g}"
 
 
 def _named(spec: Spec, architecture: Architecture | None) -> str:
