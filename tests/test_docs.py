@@ -1,0 +1,65 @@
+"""The code in the README and the documentation runs, and prints what the page says it prints."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fullres as fr
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+BLOCK = re.compile(
+    r"^```python\n(?P<code>.*?)^```$(?:\s*^```text\n(?P<output>.*?)^```$)?",
+    re.MULTILINE | re.DOTALL,
+)
+FILE = re.compile(r"# (\w+\.py)\n")
+
+
+class MyNetwork(nn.Sequential):
+    """What the README calls so."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3, padding=1), nn.InstanceNorm2d(4), nn.Conv2d(4, 3, 1))
+
+
+def blocks(page: Path) -> list[re.Match[str]]:
+    return list(BLOCK.finditer(page.read_text(encoding="utf-8")))
+
+
+def given(folder: Path) -> dict:
+    """Names and files that a page takes for granted."""
+    options = {"width": 4, "enc_blk_nums": [1, 1], "dec_blk_nums": [1, 1]}
+    weights = fr.create_network("nafnet", **options).module.state_dict()
+    torch.save({"params": weights}, folder / "NAFNet-SIDD-width64.pth")
+    return {"MyNetwork": MyNetwork, "x": torch.rand(1, 3, 40, 48), "__name__": "page"}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.name)
+def test_the_code_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    namespace = given(tmp_path)
+    for block in blocks(page):
+        code = block["code"]
+        named = FILE.match(code)
+        line = page.read_text(encoding="utf-8").count("\n", 0, block.start("code"))
+        place = named[1] if named else f"{page.name}, from line {line + 1}"
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, place, "exec"), namespace)
+        if block["output"] is not None:
+            assert printed.getvalue() == block["output"], place
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    pages = {page.name for page in PAGES[1:]} - {"index.md"}
+    assert pages <= set(re.findall(r"\]\(([\w-]+\.md)\)", index))
