@@ -59,7 +59,7 @@ HEAVY = [
 
 ORDER = [
     {"cli", "console", "web", "__main__"},
-    {"restore", "batch", "feed", "evaluate", "export", "training", "studies"},
+    {"restore", "batch", "bench", "feed", "measure", "evaluate", "export", "training", "studies"},
     {"io", "tiles", "memory", "local", "networks", "data", "metrics"},
     {"ops", "weights"},
     {"errors"},
@@ -71,6 +71,8 @@ ALLOWED = {
     ("__main__", "cli"),
     ("restore", "batch"),
     ("restore", "feed"),
+    ("bench", "restore"),
+    ("bench", "measure"),
     ("networks", "io.checkpoint"),
     ("cli", "fullres"),
 }

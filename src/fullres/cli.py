@@ -241,6 +241,60 @@ def networks() -> None:
 
 
 @app.command()
+def bench(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NETWORK]...",
+            help="Architectures, bundled networks or checkpoints; without any, all that are known "
+            "and not slow here.",
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[
+        Any,
+        typer.Option(parser=_size, metavar="SIZE", help="Size of the picture, height x width."),
+    ] = "720x1280",
+    window: WindowOption = None,
+    train_size: TrainSizeOption = None,
+    device: Annotated[
+        str, typer.Option(help="auto, or a device as torch names it: cpu, cuda, cuda:1, mps.")
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float16, bfloat16, float32 or float64; auto is float32.")
+    ] = "auto",
+    repeats: Annotated[int, typer.Option(min=1, help="Passes of which the median counts.")] = 3,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table as Markdown.")
+    ] = False,
+) -> None:
+    """Measure networks on this machine: time, overhead of local conversion, peak memory.
+
+    Times are medians of passes that take turns. Peak memory is what a pass adds to the resident
+    memory of a process of its own, on CUDA to what torch has allocated.
+    """
+    from fullres.bench import bench as measure
+    from fullres.bench import show
+    from fullres.measure import machine
+
+    typer.echo(f"{machine(device)}\n")
+    found = measure(
+        names or (),
+        size,
+        device=device,
+        dtype=dtype,
+        repeats=repeats,
+        window=window,
+        train_size=train_size,
+    )
+    left = show(found, markdown)
+    for one in left:
+        typer.echo(f"{one.name}: {one.reason}", err=bool(names))
+    if left and names:
+        raise typer.Exit(1)
+
+
+@app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, a TOML file.", show_default=False)],
     changes: Annotated[
