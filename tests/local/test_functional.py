@@ -261,3 +261,39 @@ def test_gradients_and_export():
     with torch.no_grad():
         exported = torch.export.export(net, (x,))
         torch.testing.assert_close(exported.module()(x), net(x))
+
+
+class Standardised(nn.Module):
+    """Its forward calls its first argument by another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(this, x):  # noqa: N805 - what the test is about
+        y = this.first(x)
+        return (y - mean_of(y)) / (y.std((2, 3), keepdim=True) + 0.1)
+
+
+def mean_of(module_or_not):
+    return module_or_not.mean((2, 3), keepdim=True)
+
+
+def test_calls_belong_to_the_module_that_runs_whatever_the_names():
+    net = Standardised()
+    kinds = [(op.kind, op.name) for op in plan(net, Local(TRAIN)).converted]
+    assert kinds == [("mean", ""), ("std", "")]
+    assert not plan(net, Local(TRAIN)).kept
+
+
+@torch.no_grad()
+def test_compiled_networks_stay_local():
+    net = nn.Sequential(Standardised(), nn.Conv2d(4, 3, 1), nn.Sigmoid())
+    x = torch.rand(1, 3, 40, 56)
+    globally = net(x)
+    with convert(net, Local(TRAIN)):
+        locally = net(x)
+        compiled = torch.compile(net, backend="eager")
+        torch.testing.assert_close(compiled(x), locally)
+        torch.testing.assert_close(net(x), locally)
+    assert (locally - globally).abs().max() > 1e-3

@@ -249,12 +249,9 @@ def test_lower_precision_is_as_good_as_its_rounding(case, local):
 
 @cases(first_only=True)
 @torch.no_grad()
-def test_exports(request, case):
+def test_exports(case):
     # once local, where it can be: the rest of the network is the same
     network = made(case, local=bool(planned(case).converted))
-    if any(getattr(part, "local_as_vectors", False) for part in network.module.modules()):
-        reason = "torch.export does not see what becomes of pooled values within vmap"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
     x = picture(network.spec, 26, 25)
     exported = torch.export.export(network.module, (x,)).module()
     assert_close(exported(x), network.module(x))

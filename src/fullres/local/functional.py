@@ -28,6 +28,8 @@ from fullres.ops.box import local_max, local_mean, local_mean_var
 
 _TORCH = str(Path(torch.__file__).parent)
 _STOCK = str(Path(nn.__file__).parent / "modules")
+_CALL = nn.Module._call_impl.__code__
+"""Of what runs the forward of every module."""
 
 
 @dataclass(frozen=True)
@@ -273,9 +275,8 @@ def _calling(frame: FrameType | None) -> tuple[nn.Module, Site] | None:
             return None
         if file != __file__ and not file.startswith(_TORCH):
             site = site or Site(file, frame.f_lineno, frame.f_lasti)
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, nn.Module):
-                return owner, site
+        if site is not None and frame.f_code is _CALL:
+            return frame.f_locals["self"], site
         frame = frame.f_back
     return None
 
@@ -314,6 +315,12 @@ class LocalCalls(LocalForm):
     """Whether what follows takes one vector, not a map: it then gets a `Pooled`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" in sys.modules:  # compiling would move the calls to other places
+            eager = torch.compiler.disable(self._answered)  # type: ignore[no-untyped-call]
+            return eager(*args, **kwargs)
+        return self._answered(*args, **kwargs)
+
+    def _answered(self, *args: Any, **kwargs: Any) -> Any:
         assert isinstance(self, nn.Module)
         with _Answer(self, self.local_sites, self.local_as_vectors):
             return super().forward(*args, **kwargs)  # type: ignore[misc]

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from fullres.local.positions import at_all_positions
+
 _PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")
 _ABOUT = {
     *(vars(torch._C.TensorBase)[name].__get__ for name in _PROPERTIES),
@@ -166,6 +168,26 @@ def _at_each_position(
     leaves, tree = tree_flatten((args, kwargs))
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Pooled)]
     height, width = leaves[where[0]].positions
+    result = at_all_positions(func, args, kwargs, Pooled)
+    if result is NotImplemented:
+        result = _mapped(func, leaves, tree, where, (height, width))
+    if any(isinstance(x, Tensor) and _as_large_as(x, height, width) for x in tree_leaves(result)):
+        raise ValueError("pooled values meet a map of another size than the one they come from")
+    result = tree_map(lambda x: Pooled(x) if isinstance(x, Tensor) else x, result)
+    if _in_place(func, kwargs) and isinstance(args[0], Pooled):
+        args[0].vectors = result.vectors
+        return args[0]
+    return result
+
+
+def _mapped(
+    func: Callable[..., Any],
+    leaves: list[Any],
+    tree: Any,
+    where: list[int],
+    positions: tuple[int, int],
+) -> Any:
+    """What the call gives at each position, (*shape, H, W), by `vmap`."""
 
     def at_one(*vectors: Tensor) -> Any:
         filled = list(leaves)
@@ -176,22 +198,15 @@ def _at_each_position(
 
     flat = [leaves[i].vectors.flatten(-2) for i in where]
     result = torch.vmap(at_one, in_dims=-1, out_dims=-1)(*flat)
-    if any(isinstance(x, Tensor) and _as_large_as(x, height, width) for x in tree_leaves(result)):
-        raise ValueError("pooled values meet a map of another size than the one they come from")
-    result = tree_map(
-        lambda x: Pooled(x.reshape(*x.shape[:-1], height, width)) if isinstance(x, Tensor) else x,
-        result,
+    return tree_map(
+        lambda x: x.reshape(*x.shape[:-1], *positions) if isinstance(x, Tensor) else x, result
     )
-    if _in_place(func, kwargs) and isinstance(args[0], Pooled):
-        args[0].vectors = result.vectors
-        return args[0]
-    return result
 
 
 def _as_large_as(vectors: Tensor, height: int, width: int) -> bool:
     """Whether one vector a position has grown to a whole map a position."""
-    *_, rows, columns, positions = (1, 1, *vectors.shape)
-    return vectors.dim() == 5 and min(rows, columns) > 1 and positions == height * width
+    *_, rows, columns, _, _ = (1, 1, *vectors.shape)
+    return vectors.dim() == 6 and min(rows, columns) > 1 and vectors.shape[-2:] == (height, width)
 
 
 def _in_place(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
