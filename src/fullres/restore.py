@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,15 +20,15 @@ from fullres.errors import FullresError
 from fullres.feed import Feed, Given, open_feed
 from fullres.io.comparison import write_comparison
 from fullres.local import Local, NothingToConvert, convert, plan
-from fullres.memory import free_memory, peak_memory, use_huge_pages
+from fullres.memory import free_memory, freed_memory_kept, peak_memory, use_huge_pages
 from fullres.networks.catalog import open_network
 from fullres.networks.spec import Network, Spec
 from fullres.tiles import Grid, Tile, choose_tiles, halo_for, is_out_of_memory, paste, run_tiles
 
 log = logging.getLogger(__name__)
 
-MEMORY_SHARE = 0.5
-"""Share of the free memory that a pass is planned to take."""
+MEMORY_SHARE = 0.4
+"""Share of the free memory that the tensors of a pass are planned to take."""
 
 DTYPES = {
     "auto": torch.float32,
@@ -197,20 +197,23 @@ def ready(
     if where.type == "cpu":
         module = module.to(memory_format=torch.channels_last)
     restorer = Restorer(module, spec, where, kind, None, settings is None, tile)
-    if settings is None:
+    keeping = freed_memory_kept() if where.type == "cpu" else nullcontext()
+    with keeping, _made_local(restorer, settings):
         yield restorer
-        return
+
+
+def _made_local(restorer: Restorer, settings: Local | None) -> AbstractContextManager[object]:
+    if settings is None:
+        return nullcontext()
     try:
-        conversion = convert(module, settings)
+        conversion = convert(restorer.module, settings)
     except NothingToConvert as nothing:
         restorer.has_global = bool(nothing.plan.still_global)
         restorer.say_once(f"{nothing}; it runs as it is")
-        yield restorer
-        return
-    with conversion:
-        restorer.has_global = bool(conversion.plan.still_global)
-        restorer.window = settings.widest
-        yield restorer
+        return nullcontext()
+    restorer.has_global = bool(conversion.plan.still_global)
+    restorer.window = settings.widest
+    return conversion
 
 
 def settings_for(

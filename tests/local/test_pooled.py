@@ -120,7 +120,7 @@ def test_networks_with_such_heads_become_local(head, pool):
 def test_maps_serve_where_they_would_do(head):
     net = Net(head, nn.AdaptiveAvgPool2d(1)).eval()
     (op,) = plan(net, Local(train_size=16)).converted
-    assert op.form.attributes.get("local_as_vectors", False) == (head is not Convolved)
+    assert op.form.attributes["local_gives"] == ("either" if head is Convolved else "vectors")
 
 
 def test_gradients_flow_through_pooled_values():

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from fullres.errors import ConversionError
 
 Window = tuple[int, int]
+Gives = Literal["map", "vectors", "either"]
+"""What stands for pooled values: a map of them, `Pooled`, or whichever is faster."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class LocalModule(LocalForm):
     """
 
     local_windows: tuple[Window, ...]
-    local_as_vectors: bool = False
-    """Whether what follows a pooling takes one vector, not a map: it then gets a `Pooled`."""
+    local_gives: Gives = "map"
+    """What a pooling gives to the code that follows."""
 
     def local_window(self) -> Window:
         """Window of the present call."""

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fullres.local.forms import LocalForm, Window, covers, window_of_call
-from fullres.local.pooled import Pooled
+from fullres.local.forms import Gives, LocalForm, Window, covers, window_of_call
+from fullres.local.pooled import Pooled, pooled
 from fullres.local.rules import local_group_norm, local_instance_norm
 from fullres.ops.box import local_max, local_mean, local_mean_var
 
@@ -64,7 +64,7 @@ class _Reduction:
     """A call that has a local form."""
 
     map: Tensor
-    local: Callable[[Tensor, Window], Tensor]
+    local: Callable[..., Tensor]
     shape: tuple[int, ...] | None
     """Of the result, where one value a channel comes out; None where a map does."""
     with_indices: bool = False
@@ -87,24 +87,26 @@ class _Aliases:
         return self._known.get((id(x), how), (None, None))[1]
 
 
-def _local_sum(x: Tensor, window: Window) -> Tensor:
-    return local_mean(x, window) * _count(x, window)
+def _local_sum(x: Tensor, window: Window, *, replicate: bool = True) -> Tensor:
+    return local_mean(x, window, replicate=replicate) * _count(x, window)
 
 
 def _count(x: Tensor, window: Window) -> int:
     return min(window[0], x.shape[2]) * min(window[1], x.shape[3])
 
 
-def _spread(correction: float, root: bool) -> Callable[[Tensor, Window], Tensor]:
-    def local(x: Tensor, window: Window) -> Tensor:
+def _spread(correction: float, root: bool) -> Callable[..., Tensor]:
+    def local(x: Tensor, window: Window, *, replicate: bool = True) -> Tensor:
         count = _count(x, window)
-        var = local_mean_var(x, window)[1] * (count / max(count - correction, 1e-12))
+        var = local_mean_var(x, window, replicate=replicate)[1] * (
+            count / max(count - correction, 1e-12)
+        )
         return var.sqrt() if root else var
 
     return local
 
 
-_LOCAL: dict[str, Callable[[Tensor, Window], Tensor]] = {
+_LOCAL: dict[str, Callable[..., Tensor]] = {
     "mean": local_mean,
     "sum": _local_sum,
     "amax": local_max,
@@ -203,7 +205,7 @@ def _keeps_dim(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> b
 
 def _spread_of(
     name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Callable[[Tensor, Window], Tensor]:
+) -> Callable[..., Tensor]:
     unbiased = _argument(args, kwargs, 2, "unbiased")
     correction = kwargs.get("correction", 0 if unbiased is False else 1)
     return _spread(1 if correction is None else correction, name == "std")
@@ -311,8 +313,7 @@ class LocalCalls(LocalForm):
 
     local_sites: dict[Site, tuple[Window, ...]]
     """The windows of each call that is answered."""
-    local_as_vectors: bool = False
-    """Whether what follows takes one vector, not a map: it then gets a `Pooled`."""
+    local_gives: Gives = "map"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if "torch._dynamo" in sys.modules:  # compiling would move the calls to other places
@@ -322,7 +323,7 @@ class LocalCalls(LocalForm):
 
     def _answered(self, *args: Any, **kwargs: Any) -> Any:
         assert isinstance(self, nn.Module)
-        with _Answer(self, self.local_sites, self.local_as_vectors):
+        with _Answer(self, self.local_sites, self.local_gives):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -330,10 +331,10 @@ class _Answer(TorchFunctionMode):
     """Answers the calls of one module's sites with local statistics, during one forward."""
 
     def __init__(
-        self, module: nn.Module, sites: Mapping[Site, tuple[Window, ...]], as_vectors: bool
+        self, module: nn.Module, sites: Mapping[Site, tuple[Window, ...]], gives: Gives
     ) -> None:
         super().__init__()
-        self._module, self._sites, self._as_vectors = module, sites, as_vectors
+        self._module, self._sites, self._gives = module, sites, gives
         self._aliases = _Aliases()
 
     def __torch_function__(
@@ -349,16 +350,17 @@ class _Answer(TorchFunctionMode):
                 if windows is not None:
                     window = window_of_call(self._module, calling[1], windows)
                     if not covers(window, found.map):
-                        return _answer(found, window, self._as_vectors)
+                        return _answer(found, window, self._gives)
         result = func(*args, **kwargs)
         _note_aliases(name, args, kwargs, result, self._aliases)
         return result
 
 
-def _answer(found: _Reduction, window: Window, as_vectors: bool) -> Any:
-    result = found.local(found.map, window)
-    if found.shape is not None and (as_vectors or len(found.shape) < 4):
-        result = Pooled(result.reshape(*found.shape, *result.shape[2:]))
+def _answer(found: _Reduction, window: Window, gives: Gives) -> Any:
+    if found.shape is None:
+        return found.local(found.map, window)
+    gives = "vectors" if len(found.shape) < 4 else gives
+    result = pooled(found.map, window, found.local, gives, found.shape)
     if found.with_indices:  # the places of the maxima have no local form: None fails where used
         return torch.return_types.max((result, None))  # type: ignore[arg-type]
     return result

@@ -13,7 +13,16 @@ from torch import nn
 
 from fullres.errors import ConversionError
 from fullres.local.calibrate import Calibration, Shadow, Shape, calibrate, first_words
-from fullres.local.forms import CountsCalls, Form, LocalForm, Window, form_of, mixed, take_form
+from fullres.local.forms import (
+    CountsCalls,
+    Form,
+    Gives,
+    LocalForm,
+    Window,
+    form_of,
+    mixed,
+    take_form,
+)
 from fullres.local.functional import Call, LocalCalls, Site
 from fullres.local.pooled import Pooled, calls_on_pooled
 from fullres.local.rules import RULES, LocalAvgPool2d, LocalMaxPool2d, Stays
@@ -318,13 +327,12 @@ def _that_run(operations: list[Operation], larger: _Larger) -> tuple[Operation, 
     itself = any(op.name == "" and op.site is None for op in operations)
     if isinstance(larger.wanted, Exception) or itself:
         return tuple(operations)  # it takes no other size, or is itself the one operation
-    as_vectors = [_as_vectors(op) for op in operations]
+    as_vectors = [_giving(op, "vectors") for op in operations]
     with calls_on_pooled() as maps_would_do:
         runs = larger.trial(as_vectors) == larger.wanted
-    if runs and maps_would_do() and larger.trial(operations) == larger.wanted:
-        return tuple(operations)
     if runs:
-        return tuple(as_vectors)
+        maps_too = maps_would_do() and larger.trial(operations) == larger.wanted
+        return tuple(_giving(op, "either") for op in operations) if maps_too else tuple(as_vectors)
     accepted: list[Operation] = []
     for op in as_vectors:
         if op.form is not None:
@@ -335,12 +343,12 @@ def _that_run(operations: list[Operation], larger: _Larger) -> tuple[Operation, 
     return tuple(accepted)
 
 
-def _as_vectors(op: Operation) -> Operation:
-    """The operation with a form that serves code for vectors, if it pools."""
+def _giving(op: Operation, what: Gives) -> Operation:
+    """The operation with a form that gives vectors or either, if it pools."""
     pools = LocalAvgPool2d | LocalMaxPool2d | LocalCalls
     if op.form is None or not issubclass(op.form.cls, pools):
         return op
-    return replace(op, form=Form(op.form.cls, {**op.form.attributes, "local_as_vectors": True}))
+    return replace(op, form=Form(op.form.cls, {**op.form.attributes, "local_gives": what}))
 
 
 def _shapes(value: Any) -> Any:

@@ -6,6 +6,9 @@ there is a vector at every position, and the same code has to run on each. `Pool
 that looks like the one vector the code expects and holds a map of them; what is called on it is
 mapped over the positions. Where it meets a map of its own size again, by broadcasting, the result
 is an ordinary map.
+
+The vectors held are those of the windows that the map contains: fewer than positions, which they
+stand for by edge replication (`Frame`).
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from fullres.local.forms import Gives
 from fullres.local.positions import at_all_positions
+from fullres.ops.frames import Frame
 
 _PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")
 _ABOUT = {
@@ -74,27 +79,41 @@ def _name(func: Callable[..., Any], args: tuple[Any, ...]) -> str:
 class Pooled(Tensor):
     """A tensor of the shape that pooling gave, with other values at each position of a map.
 
-    `vectors` is (*shape, H, W).
+    `vectors` is (*shape, h, w), those of the contained windows.
     """
 
     vectors: Tensor
+    frame: Frame
+    """What they stand for."""
 
     @staticmethod
-    def __new__(cls: type[Pooled], vectors: Tensor) -> Pooled:
+    def __new__(cls: type[Pooled], vectors: Tensor, frame: Frame | None = None) -> Pooled:
         pooled: Pooled = Tensor._make_wrapper_subclass(
             cls, vectors.shape[:-2], dtype=vectors.dtype, device=vectors.device
         )
         pooled.vectors = vectors
+        height, width = vectors.shape[-2:]
+        pooled.frame = frame or Frame.whole((height, width))
         return pooled
 
     @property
     def positions(self) -> tuple[int, int]:
         """Height and width of the map."""
-        return self.vectors.shape[-2], self.vectors.shape[-1]
+        return self.frame.size
+
+    def within(self) -> Tensor:
+        """The values of (B, C, 1, 1) as a map of the contained windows, (B, C, h, w)."""
+        return self.vectors[:, :, 0, 0]
 
     def as_map(self) -> Tensor:
         """The values of (B, C, 1, 1) as a map (B, C, H, W)."""
-        return self.vectors[:, :, 0, 0]
+        return self.frame.extended(self.within())
+
+    def everywhere(self) -> Pooled:
+        """The same with a vector at each position."""
+        *shape, height, width = self.vectors.shape
+        flat = self.frame.extended(self.vectors.reshape(1, -1, height, width))
+        return Pooled(flat.reshape(*shape, *self.positions))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         height, width = self.positions
@@ -132,22 +151,32 @@ def _landed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     positions = pooled[0].positions
     if any(p.positions != positions for p in pooled):
         raise ValueError("pooled values of maps of different size meet")
+    if any(p.frame != pooled[0].frame for p in pooled):
+        same = [leaf.everywhere() if isinstance(leaf, Pooled) else leaf for leaf in leaves]
+        plain_args, plain_kwargs = tree_unflatten(same, tree)
+        return func(*plain_args, **plain_kwargs)
     one_value = all(p.dim() == 4 and p.shape[2:] == (1, 1) for p in pooled)
     if not one_value:
         return None
     if func in _SPREADS and _spreads_to(func, args, kwargs) == positions:
         return pooled[0].as_map()
     if func in (F.conv2d, torch.conv2d) and tuple(args[1].shape[2:]) == (1, 1):
-        result = func(pooled[0].as_map(), *args[1:], **kwargs)
-        return Pooled(result[:, :, None, None]) if result.shape[2:] == positions else None
+        within = pooled[0].within()
+        result = func(within, *args[1:], **kwargs)
+        if result.shape[2:] != within.shape[2:]:
+            return None
+        return Pooled(result[:, :, None, None], pooled[0].frame)
     maps = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, Pooled)]
     if not any(x.dim() == 4 and tuple(x.shape[2:]) == positions for x in maps):
         return None
+    if len(leaves) == len(pooled) + len(maps) == 2 and func in _PRODUCTS:
+        return pooled[0].frame.scaled(maps[0], pooled[0].within())
     ordinary = [leaf.as_map() if isinstance(leaf, Pooled) else leaf for leaf in leaves]
     plain_args, plain_kwargs = tree_unflatten(ordinary, tree)
     return func(*plain_args, **plain_kwargs)
 
 
+_PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 _SPREADS = (Tensor.expand, Tensor.expand_as, Tensor.repeat, F.interpolate, F.upsample)
 
 
@@ -167,13 +196,13 @@ def _at_each_position(
 ) -> Any:
     leaves, tree = tree_flatten((args, kwargs))
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Pooled)]
-    height, width = leaves[where[0]].positions
+    frame = leaves[where[0]].frame
     result = at_all_positions(func, args, kwargs, Pooled)
     if result is NotImplemented:
-        result = _mapped(func, leaves, tree, where, (height, width))
-    if any(isinstance(x, Tensor) and _as_large_as(x, height, width) for x in tree_leaves(result)):
+        result = _mapped(func, leaves, tree, where, frame.windows)
+    if any(isinstance(x, Tensor) and _is_of_maps(x) for x in tree_leaves(result)):
         raise ValueError("pooled values meet a map of another size than the one they come from")
-    result = tree_map(lambda x: Pooled(x) if isinstance(x, Tensor) else x, result)
+    result = tree_map(lambda x: Pooled(x, frame) if isinstance(x, Tensor) else x, result)
     if _in_place(func, kwargs) and isinstance(args[0], Pooled):
         args[0].vectors = result.vectors
         return args[0]
@@ -203,12 +232,36 @@ def _mapped(
     )
 
 
-def _as_large_as(vectors: Tensor, height: int, width: int) -> bool:
-    """Whether one vector a position has grown to a whole map a position."""
-    *_, rows, columns, _, _ = (1, 1, *vectors.shape)
-    return vectors.dim() == 6 and min(rows, columns) > 1 and vectors.shape[-2:] == (height, width)
+def _is_of_maps(vectors: Tensor) -> bool:
+    """Whether one vector a window has grown to a whole map a window."""
+    return vectors.dim() == 6 and min(vectors.shape[2:4]) > 1
 
 
 def _in_place(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
     name = getattr(func, "__name__", "")
     return bool(kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__"))
+
+
+def pooled(
+    x: Tensor,
+    window: tuple[int, int],
+    statistic: Callable[..., Tensor],
+    gives: Gives,
+    shape: tuple[int, ...] | None = None,
+) -> Tensor:
+    """A statistic of the window around every position of a map, for the code that follows.
+
+    Args:
+        x: map (B, C, H, W).
+        window: height and width in positions.
+        statistic: of (map, window), with `replicate=False` for the contained windows alone.
+        gives: what that code takes. Where a graph is recorded maps are faster than vectors.
+        shape: of the one statistic that it expects, (B, C, 1, 1) if None.
+    """
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if gives == "map" or (gives == "either" and recorded):
+        return statistic(x, window, replicate=True)
+    values = statistic(x, window, replicate=recorded)
+    size = (x.shape[2], x.shape[3])
+    frame = Frame.whole(size) if recorded else Frame.of(size, window)
+    return Pooled(values.reshape(*(shape or (*x.shape[:2], 1, 1)), *values.shape[2:]), frame)

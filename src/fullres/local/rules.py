@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fullres.local.forms import LocalModule, Window, covers
-from fullres.local.pooled import Pooled
+from fullres.local.pooled import pooled
 from fullres.ops.box import local_max, local_mean, local_mean_var
 
 
@@ -42,16 +42,18 @@ class LocalMaxPool2d(LocalModule, nn.AdaptiveMaxPool2d):
 def _pooled_locally(
     module: LocalModule,
     globally: Callable[[Tensor], Tensor],
-    locally: Callable[[Tensor, Window], Tensor],
+    locally: Callable[..., Tensor],
     x: Tensor,
 ) -> Tensor:
     window = module.local_window()
     if covers(window, x):
         return globally(x)
     if x.dim() == 3:
-        return locally(x[None], window)[0]
-    result = locally(x, window)
-    return Pooled(result[:, :, None, None]) if module.local_as_vectors else result
+        return locally(x[None], window, replicate=True)[0]
+    gives = module.local_gives
+    if gives == "either" and cast(nn.Module, module)._forward_hooks:
+        gives = "map"  # which hooks understand
+    return pooled(x, window, locally, gives)
 
 
 class LocalInstanceNorm2d(LocalModule, nn.InstanceNorm2d):

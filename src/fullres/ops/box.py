@@ -43,7 +43,9 @@ def local_mean(x: Tensor, window: tuple[int, int], *, replicate: bool = True) ->
     return mean
 
 
-def local_mean_var(x: Tensor, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def local_mean_var(
+    x: Tensor, window: tuple[int, int], *, replicate: bool = True
+) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over the window around every position.
 
     Shapes, types and errors as `local_mean`; the variance is never negative, and is summed about
@@ -54,6 +56,8 @@ def local_mean_var(x: Tensor, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """
     kh, kw = _clipped(x, window)
     mean, var = torch.ops.fullres.local_mean_var(x, kh, kw)
+    if not replicate:
+        mean, var = _contained(mean, kh, kw), _contained(var, kh, kw)
     return mean, var
 
 
@@ -82,7 +86,7 @@ def local_mean_var_reference(x: Tensor, window: tuple[int, int]) -> tuple[Tensor
     return _replicated(mean, x.shape, kh, kw), _replicated(var.to(x.dtype), x.shape, kh, kw)
 
 
-def local_max(x: Tensor, window: tuple[int, int]) -> Tensor:
+def local_max(x: Tensor, window: tuple[int, int], *, replicate: bool = True) -> Tensor:
     """Maximum over the window around every position, in time that does not depend on the window.
 
     Shapes, types and errors as `local_mean`. Each axis is cut into blocks of the window's length:
@@ -93,7 +97,8 @@ def local_max(x: Tensor, window: tuple[int, int]) -> Tensor:
     tensor([5., 5., 5., 3., 3.])
     """
     kh, kw = _clipped(x, window)
-    return _replicated(_window_maxima(_window_maxima(x, 3, kw), 2, kh), x.shape, kh, kw)
+    maxima = _window_maxima(_window_maxima(x, 3, kw), 2, kh)
+    return _replicated(maxima, x.shape, kh, kw) if replicate else maxima
 
 
 def _window_maxima(x: Tensor, dim: int, k: int) -> Tensor:
@@ -132,6 +137,12 @@ def _window_sums(x: Tensor, kh: int, kw: int) -> Tensor:
 def _replicated(x: Tensor, shape: torch.Size, kh: int, kw: int) -> Tensor:
     bottom, right = shape[2] - x.shape[2] - (kh - 1) // 2, shape[3] - x.shape[3] - (kw - 1) // 2
     return F.pad(x, ((kw - 1) // 2, right, (kh - 1) // 2, bottom), mode="replicate")
+
+
+def _contained(x: Tensor, kh: int, kw: int) -> Tensor:
+    """Of a statistic at every position, that of the contained windows."""
+    top, left = (kh - 1) // 2, (kw - 1) // 2
+    return x[..., top : top + x.shape[2] - kh + 1, left : left + x.shape[3] - kw + 1]
 
 
 def _result_shape(x: Tensor, kh: int, kw: int, replicate: bool) -> tuple[int, ...]:

@@ -259,25 +259,25 @@ def _replicate_edge(out, target, stride, width, height, window, i):
 
 @_jit
 def _mean_pixels(x, out, xs, os_, shape, window, lanes, group, first, last):
-    width, kh, kw = shape[3], window[0], window[1]
     top, left = _margins(window)
+    kh, kw = window[0], window[1]
     blocks = (shape[1] + lanes - 1) // lanes
     for index in range(group[0], group[1]):
         channel = index % blocks * lanes
         some = min(lanes, shape[1] - channel)
         start = index // blocks * xs[0] + channel
         target = index // blocks * os_[0] + channel
-        column, total = np.zeros(width * some), np.empty(some)
+        column, total = np.zeros((shape[3], some)), np.empty(some)
         for r in range(first, first + kh):
-            _add_row(column, x[start + r * xs[2] :], xs[3], width, some)
+            _add_row(column, x, start + r * xs[2], xs[3])
         for i in range(first, last):
             at = target + (top + i) * os_[2]
-            _slide(column, total, out[at + left * os_[3] :], os_[3], width, kw, some, 1 / (kh * kw))
+            _slide(column, total, out, at + left * os_[3], os_[3], kw, 1 / (kh * kw))
             if window[2]:
-                _replicate_columns(out, at, os_[3], left, width, kw, some)
+                _replicate_columns(out, at, os_[3], left, shape[3], kw, some)
             if i + 1 < last:
-                entering, leaving = x[start + (i + kh) * xs[2] :], x[start + i * xs[2] :]
-                _exchange_row(column, entering, leaving, xs[3], width, some)
+                above = start + i * xs[2]
+                _exchange_row(column, x, above + kh * xs[2], above, xs[3])
 
 
 @_jit
@@ -323,42 +323,47 @@ def _mean_var_pixels(x, mean, var, xs, ms, vs, shape, window, lanes, group, firs
                 _exchange_row_squares(column, squares, entering, leaving, pivot, xs[3], width, some)
 
 
-# Slices of one pixel each, so that the inner loops over its channels become vector code.
+# Offsets into flat memory are unsigned, since a negative index would count from the end, and the
+# test for it would keep the loops over channels from becoming vector code.
 
 
 @_jit
-def _add_row(column, row, step, width, some):
-    for j in range(width):
-        into, new = column[j * some : (j + 1) * some], row[j * step : j * step + some]
-        for c in range(some):
-            into[c] += new[c]
+def _add_row(column, x, at, step):
+    at, step = np.uintp(at), np.uintp(step)
+    for j in range(np.uintp(column.shape[0])):
+        for c in range(np.uintp(column.shape[1])):
+            column[j, c] += x[at + j * step + c]
 
 
 @_jit
-def _exchange_row(column, entering, leaving, step, width, some):
-    for j in range(width):
-        into = column[j * some : (j + 1) * some]
-        new, old = entering[j * step : j * step + some], leaving[j * step : j * step + some]
-        for c in range(some):
-            into[c] += np.float64(new[c]) - np.float64(old[c])
+def _exchange_row(column, x, entering, leaving, step):
+    entering, leaving, step = np.uintp(entering), np.uintp(leaving), np.uintp(step)
+    for j in range(np.uintp(column.shape[0])):
+        for c in range(np.uintp(column.shape[1])):
+            new, old = x[entering + j * step + c], x[leaving + j * step + c]
+            column[j, c] += np.float64(new) - np.float64(old)
 
 
 @_jit
-def _slide(column, total, out, step, width, kw, some, scale):
+def _slide(column, total, out, at, step, kw, scale):
     """Means of all windows of a row, from the sums of its columns."""
+    at, step, one, kw = np.uintp(at), np.uintp(step), np.uintp(1), np.uintp(kw)
+    channels = np.uintp(column.shape[1])
     total[:] = 0.0
-    for j in range(width):
-        new = column[j * some : (j + 1) * some]
-        for c in range(some):
-            total[c] += new[c]
-        if j >= kw:
-            old = column[(j - kw) * some : (j - kw + 1) * some]
-            for c in range(some):
-                total[c] -= old[c]
-        if j >= kw - 1:
-            pixel = out[(j - kw + 1) * step : (j - kw + 1) * step + some]
-            for c in range(some):
-                pixel[c] = total[c] * scale
+    for j in range(kw - one):
+        for c in range(channels):
+            total[c] += column[j, c]
+    for c in range(channels):
+        total[c] += column[kw - one, c]
+        out[at + c] = total[c] * scale
+    for j in range(np.uintp(column.shape[0]) - kw):
+        for c in range(channels):
+            moved = total[c] + (column[j + kw, c] - column[j, c])
+            total[c] = moved
+            out[at + (j + one) * step + c] = moved * scale
+
+
+# Slices of one pixel each, so that the inner loops over its channels become vector code.
 
 
 @_jit
