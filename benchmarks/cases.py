@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fullres.bench import as_picture_network, picture, running
 from fullres.local import Local
 from fullres.measure import Pass, Size, machine
-from fullres.memory import peak_memory, use_huge_pages
+from fullres.memory import freed_memory_returned, peak_memory, use_huge_pages
 from fullres.networks.catalog import create_network, networks
 from fullres.networks.spec import Network, Spec
 from plain import plain, plain_local

@@ -113,13 +113,31 @@ def _keep(libc: Any, more: int) -> None:
     global _keepers
     with _keepers_lock:
         _keepers += more
-        if _keepers == 1 and more == 1:
-            libc.mallopt(_M_MMAP_MAX, 0)
-            libc.mallopt(_M_TRIM_THRESHOLD, -1)
-        elif _keepers == 0:
-            libc.mallopt(_M_MMAP_MAX, 65536)  # glibc's defaults
-            libc.mallopt(_M_TRIM_THRESHOLD, 128 * 1024)
+        _set(libc, kept=_keepers > 0)
+        if _keepers == 0:
             libc.malloc_trim(0)
+
+
+def _set(libc: Any, kept: bool) -> None:
+    libc.mallopt(_M_MMAP_MAX, 0 if kept else 65536)  # or glibc's defaults
+    libc.mallopt(_M_TRIM_THRESHOLD, -1 if kept else 128 * 1024)
+
+
+@contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Within `freed_memory_kept`, go back to what the C library does by itself.
+
+    For measuring what programs pay that leave it as it is.
+    """
+    libc = _glibc()
+    if libc is None or not _keepers:
+        yield
+        return
+    _set(libc, kept=False)
+    try:
+        yield
+    finally:
+        _set(libc, kept=True)
 
 
 @cache

@@ -170,13 +170,16 @@ def _landed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     if not any(x.dim() == 4 and tuple(x.shape[2:]) == positions for x in maps):
         return None
     if len(leaves) == len(pooled) + len(maps) == 2 and func in _PRODUCTS:
-        return pooled[0].frame.scaled(maps[0], pooled[0].within())
+        in_place = func in _PRODUCTS_IN_PLACE
+        if not in_place or maps[0] is leaves[0]:
+            return pooled[0].frame.scaled(maps[0], pooled[0].within(), in_place=in_place)
     ordinary = [leaf.as_map() if isinstance(leaf, Pooled) else leaf for leaf in leaves]
     plain_args, plain_kwargs = tree_unflatten(ordinary, tree)
     return func(*plain_args, **plain_kwargs)
 
 
-_PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+_PRODUCTS_IN_PLACE = (Tensor.mul_, Tensor.__imul__)
+_PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, *_PRODUCTS_IN_PLACE)
 _SPREADS = (Tensor.expand, Tensor.expand_as, Tensor.repeat, F.interpolate, F.upsample)
 
 

@@ -10,18 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fullres.networks.layers import LayerNorm2d, pad_to_multiple
 from fullres.networks.spec import Architecture, Spec, State, count
-
-
-class SimpleGate(nn.Module):
-    """Product of the two halves of the channels: (B, 2C, H, W) to (B, C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = x.chunk(2, dim=1)
-        return a * b
 
 
 class NAFBlock(nn.Module):
@@ -33,7 +26,6 @@ class NAFBlock(nn.Module):
         self.norm1 = LayerNorm2d(channels)
         self.conv1 = nn.Conv2d(channels, expanded, 1)
         self.conv2 = nn.Conv2d(expanded, expanded, 3, padding=1, groups=expanded)
-        self.gate = SimpleGate()
         self.sca = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, channels, 1))
         self.conv3 = nn.Conv2d(channels, channels, 1)
         self.norm2 = LayerNorm2d(channels)
@@ -43,10 +35,35 @@ class NAFBlock(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.gate(self.conv2(self.conv1(self.norm1(x))))
-        x = x + self.conv3(y * self.sca(y)) * self.beta
-        y = self.conv5(self.gate(self.conv4(self.norm2(x))))
-        return x + y * self.gamma
+        z = self.norm1(x)
+        y = _product(*(_half(self.conv2, _half(self.conv1, z, i), i) for i in (0, 1)))
+        x = _scaled(self.conv3, _product(y, self.sca(y)), self.beta).add_(x)
+        z = self.norm2(x)
+        y = _product(*(_half(self.conv4, z, i) for i in (0, 1)))
+        return _scaled(self.conv5, y, self.gamma).add_(x)
+
+
+def _half(conv: nn.Conv2d, x: Tensor, i: int) -> Tensor:
+    """The first or second half of what a convolution gives, in memory of its own.
+
+    A depthwise convolution takes that half of its input. The gate multiplies halves: apart, they
+    are read in order, and the product finds room in one of them.
+    """
+    channels = conv.out_channels // 2
+    own = slice(i * channels, (i + 1) * channels)
+    assert conv.bias is not None
+    groups = 1 if conv.groups == 1 else channels
+    return F.conv2d(x, conv.weight[own], conv.bias[own], padding=conv.padding, groups=groups)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    return x * y if torch.is_grad_enabled() else x.mul_(y)
+
+
+def _scaled(conv: nn.Conv2d, x: Tensor, scale: Tensor) -> Tensor:
+    """A convolution, with a factor a channel of what it gives."""
+    assert conv.bias is not None
+    return F.conv2d(x, conv.weight * scale.view(-1, 1, 1, 1), conv.bias * scale.flatten())
 
 
 class NAFNet(nn.Module):

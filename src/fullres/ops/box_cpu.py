@@ -121,14 +121,20 @@ _pool: ThreadPoolExecutor | None = None
 
 
 def _spread(jobs: list[tuple[Any, ...]]) -> None:
+    """Run the jobs in this thread and as many others as torch uses, each taking the next one."""
     global _pool
-    if len(jobs) == 1 or torch.get_num_threads() == 1:
-        for kernel, *arguments in jobs:
+    waiting = iter(jobs)
+
+    def work() -> None:
+        for kernel, *arguments in waiting:
             kernel(*arguments)
-        return
-    if _pool is None:
+
+    helpers = min(torch.get_num_threads(), len(jobs)) - 1
+    if helpers > 0 and _pool is None:
         _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fullres-box")
-    for future in [_pool.submit(*job) for job in jobs]:
+    begun = [_pool.submit(work) for _ in range(helpers) if _pool is not None]
+    work()
+    for future in begun:
         future.result()
 
 

@@ -60,14 +60,14 @@ class Frame:
         positions = torch.arange(self.size[axis], device=device) - self.before[axis]
         return positions.clamp(0, self.windows[axis] - 1)
 
-    def scaled(self, x: Tensor, inner: Tensor) -> Tensor:
+    def scaled(self, x: Tensor, inner: Tensor, *, in_place: bool = False) -> Tensor:
         """Product of a map (B, C, H, W) and the statistic (B, C, h, w) at every position."""
         simple = x.shape[:2] == inner.shape[:2] and not (
             torch.is_grad_enabled() and (x.requires_grad or inner.requires_grad)
         )
         if not simple or self.windows == self.size:
-            return x * self.extended(inner)
-        out = torch.empty_like(x, dtype=torch.result_type(x, inner))
+            return x.mul_(self.extended(inner)) if in_place else x * self.extended(inner)
+        out = x if in_place else torch.empty_like(x, dtype=torch.result_type(x, inner))
         for rows, rows_within in self._runs(0):
             for columns, columns_within in self._runs(1):
                 place, within = (..., rows, columns), (..., rows_within, columns_within)
