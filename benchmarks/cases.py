@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from fullres.bench import as_picture_network, picture, running
 from fullres.local import Local
 from fullres.measure import Pass, Size, machine
-from fullres.memory import freed_memory_returned, peak_memory, use_huge_pages
+from fullres.memory import (
+    freed_memory_kept,
+    freed_memory_returned,
+    peak_memory,
+    use_huge_pages,
+)
 from fullres.networks.catalog import create_network, networks
 from fullres.networks.spec import Network, Spec
 from plain import plain, plain_local
@@ -119,9 +124,10 @@ class Form:
 
 @contextmanager
 def form(case: str, kind: str, device: str = "cpu", dtype: str = "float32") -> Iterator[Form]:
-    """One form of a case: `global` or `local`, `plain` or `plain local`.
+    """One form of a case: `global` or `local`, `plain`, `plain kept` or `plain local`.
 
-    The first two are ours, as `fullres.restore` runs them, the others the papers'.
+    The first two are ours, as `fullres.restore` runs them, the others the papers'. Those leave it
+    to the C library what becomes of freed memory, but for `plain kept`, which keeps it as ours do.
 
     Raises:
         NotImplementedError: the papers have no local form of this network.
@@ -133,19 +139,22 @@ def form(case: str, kind: str, device: str = "cpu", dtype: str = "float32") -> I
         with running(found, settings, device, dtype) as (run, restorer):
             yield Form(restorer.module, spec, run, restorer.peak)
         return
-    module = plain(found) if kind == "plain" else plain_local(found, local_of(found))
+    module = plain_local(found, local_of(found)) if kind == "plain local" else plain(found)
+    memory = nullcontext if kind == "plain kept" else freed_memory_returned
     module = module.to(device, kind_of)
 
     @torch.inference_mode()
     def plainly(size: Size) -> Tensor:
         x = picture(spec, size).to(device, kind_of) * spec.value_range
-        y: Tensor = module(x)
-        return y.float().cpu() / spec.value_range
+        with memory():
+            y: Tensor = module(x)
+            return y.float().cpu() / spec.value_range
 
     def peak(*size: int) -> int:
         return peak_memory(module, (1, spec.in_channels, *size), kind_of, device)
 
-    yield Form(module, spec, plainly, peak)
+    with freed_memory_kept() if kind == "plain kept" else nullcontext():
+        yield Form(module, spec, plainly, peak)
 
 
 def options(description: str, size: Size, repeats: int) -> argparse.Namespace:

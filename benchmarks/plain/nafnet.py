@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fullres.networks.layers import LayerNorm2d, pad_to_multiple
-from fullres.networks.nafnet import NAFBlock, NAFNet, SimpleGate
+from fullres.networks.nafnet import NAFBlock, NAFNet
 
 
 def norm(self: LayerNorm2d, x: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def norm(self: LayerNorm2d, x: Tensor) -> Tensor:
     return self.weight.view(1, -1, 1, 1) * y + self.bias.view(1, -1, 1, 1)
 
 
-def gate(self: SimpleGate, x: Tensor) -> Tensor:
+def gate(x: Tensor) -> Tensor:
     a, b = torch.chunk(x, 2, dim=1)
     return a * b
 
@@ -25,13 +25,13 @@ def block(self: NAFBlock, x: Tensor) -> Tensor:
     y = self.norm1(x)
     y = self.conv1(y)
     y = self.conv2(y)
-    y = self.gate(y)
+    y = gate(y)
     y = y * self.sca(y)
     y = self.conv3(y)
     x = x + y * self.beta
     y = self.norm2(x)
     y = self.conv4(y)
-    y = self.gate(y)
+    y = gate(y)
     y = self.conv5(y)
     return x + y * self.gamma
 
@@ -55,4 +55,4 @@ def network(self: NAFNet, image: Tensor) -> Tensor:
     return x[:, :, :height, :width]
 
 
-FORMS = {LayerNorm2d: norm, SimpleGate: gate, NAFBlock: block, NAFNet: network}
+FORMS = {LayerNorm2d: norm, NAFBlock: block, NAFNet: network}

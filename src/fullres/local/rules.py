@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fullres.local.forms import LocalModule, Window, covers
 from fullres.local.pooled import pooled
 from fullres.ops.box import local_max, local_mean, local_mean_var
+from fullres.ops.group import group_moments, group_normalised
 
 
 class LocalAvgPool2d(LocalModule, nn.AdaptiveAvgPool2d):
@@ -96,17 +97,13 @@ def local_group_norm(
     eps: float,
 ) -> Tensor:
     """Group normalisation of maps (B, C, H, W) with the statistics of a window."""
-    batch, channels, height, width = x.shape
-    per_group = channels // num_groups
     wide = _at_least_float32(x)
-    grouped = wide.reshape(batch, num_groups, per_group, height, width)
-    # over channels first, so that one map a group is averaged; the variance within the window is
-    # the mean of the variances over channels and the variance of the means
-    var_within, mean_within = torch.var_mean(grouped, dim=2, correction=0)
+    mean_within, var_within = group_moments(wide, num_groups)
+    # one map a group is averaged: the variance within the window is the mean of the variances over
+    # channels and the variance of the means
     mean, var_between = local_mean_var(mean_within, window)
-    var = local_mean(var_within, window) + var_between
-    mean, var = (m.repeat_interleave(per_group, 1) for m in (mean, var))
-    return _normalised(wide, mean, var, eps, weight, bias).to(x.dtype)
+    scale = torch.rsqrt(local_mean(var_within, window) + var_between + eps)
+    return group_normalised(wide, mean, scale, weight, bias).to(x.dtype)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -97,8 +97,30 @@ def local_max(x: Tensor, window: tuple[int, int], *, replicate: bool = True) -> 
     tensor([5., 5., 5., 3., 3.])
     """
     kh, kw = _clipped(x, window)
-    maxima = _window_maxima(_window_maxima(x, 3, kw), 2, kh)
+    if _has_fast_max(x):
+        maxima: Tensor = torch.ops.fullres.local_max(x, kh, kw)
+    else:
+        maxima = _window_maxima(_window_maxima(x, 3, kw), 2, kh)
     return _replicated(maxima, x.shape, kh, kw) if replicate else maxima
+
+
+def _has_fast_max(x: Tensor) -> bool:
+    differentiated = torch.is_grad_enabled() and x.requires_grad
+    wide = x.dtype in (torch.float32, torch.float64)
+    return x.device.type == "cpu" and wide and not differentiated
+
+
+@torch.library.custom_op("fullres::local_max", mutates_args=(), device_types="cpu")
+def _local_max(x: Tensor, kh: int, kw: int) -> Tensor:
+    from fullres.ops import max_cpu
+
+    maxima = max_cpu.local_max(x, kh, kw)
+    return maxima.clone() if maxima.data_ptr() == x.data_ptr() else maxima
+
+
+@_local_max.register_fake
+def _local_max_fake(x: Tensor, kh: int, kw: int) -> Tensor:
+    return _result(x, kh, kw, False)
 
 
 def _window_maxima(x: Tensor, dim: int, k: int) -> Tensor:

@@ -76,10 +76,10 @@ def _run(
     groups = x.shape[0] * -(-x.shape[1] // lanes)
     jobs = [
         (kernel, *flat, *strides, shape, window, lanes, group, first, last)
-        for group in _split(groups, 4 * threads)
-        for first, last in _split(x.shape[2] - kh + 1, -(-threads // groups))
+        for group in split(groups, 4 * threads)
+        for first, last in split(x.shape[2] - kh + 1, -(-threads // groups))
     ]
-    _spread(jobs)
+    spread(jobs)
     for o, target in zip(outs, targets, strict=True):
         if replicate and pixels_contiguous:
             _replicate_rows(target, (kh - 1) // 2, x.shape[2] - kh + 1)
@@ -110,7 +110,7 @@ def _flat(x: Tensor) -> Any:
     return x.detach().as_strided((span,), (1,)).numpy()
 
 
-def _split(count: int, parts: int) -> list[tuple[int, int]]:
+def split(count: int, parts: int) -> list[tuple[int, int]]:
     """`count` things in at most `parts` runs of nearly equal length, as (first, last + 1)."""
     parts = max(1, min(parts, count))
     edges = [count * part // parts for part in range(parts + 1)]
@@ -120,7 +120,7 @@ def _split(count: int, parts: int) -> list[tuple[int, int]]:
 _pool: ThreadPoolExecutor | None = None
 
 
-def _spread(jobs: list[tuple[Any, ...]]) -> None:
+def spread(jobs: list[tuple[Any, ...]]) -> None:
     """Run the jobs in this thread and as many others as torch uses, each taking the next one."""
     global _pool
     waiting = iter(jobs)
