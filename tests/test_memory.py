@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+from fullres.memory import peak_memory
 
 GRANT = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -60,3 +64,40 @@ print(inside, resident() - before)
     inside, outside = map(int, run(code).split())
     assert inside > 200
     assert outside < 50
+
+
+class Picky(nn.Module):
+    """Copied and pickled without what was added to it."""
+
+    def __getstate__(self):
+        return {}
+
+    def __setstate__(self, state):
+        super().__init__()
+        self.__dict__.update(state)
+
+    def forward(self, x):
+        return x * self.local_factor
+
+
+def test_what_was_added_to_a_module_is_there_in_the_pass():
+    module = Picky()
+    module.local_factor = 2
+    assert peak_memory(module, (1, 3, 8, 8), torch.float32, "cpu") == 2 * 4 * 3 * 64
+
+
+def test_what_a_pass_leaves_in_a_module_does_not_reach_it():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.mean = torch.zeros(1, 3, 1, 1)
+
+        def forward(self, x):
+            self.mean = self.mean.type_as(x) + 0
+            return self.conv(x) + self.mean
+
+    module = Keeps()
+    before = module.mean
+    peak_memory(module, (1, 3, 32, 32), torch.float32, "cpu")
+    assert module.mean is before

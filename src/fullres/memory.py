@@ -11,12 +11,15 @@ from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+if TYPE_CHECKING:
+    from torch._subclasses import FakeTensorMode
 
 
 def free_memory(device: torch.device) -> int:
@@ -157,18 +160,18 @@ def peak_memory(
     shape (B, C, H, W). A network that looks at values cannot run so: it is measured in a real pass
     on a part of at most 256 × 256, and the result is scaled by the number of pixels.
     """
-    from torch._subclasses import FakeTensorMode, fake_tensor
+    from torch._subclasses import FakeTensorMode
 
-    # torch prints a traceback for what only means: try the other way
-    silenced, fake_tensor.log.disabled = fake_tensor.log.disabled, True
+    from fullres.shadow import quiet
+
     try:
-        return _measured(forward, shape, dtype, device, FakeTensorMode(allow_non_fake_inputs=True))
+        with quiet():
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            return _measured(forward, shape, dtype, device, mode)
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         height, width = (min(side, 256) for side in shape[-2:])
-        small = _measured(forward, (*shape[:-2], height, width), dtype, device, nullcontext())
+        small = _measured(forward, (*shape[:-2], height, width), dtype, device, None)
         return small * shape[-2] * shape[-1] // (height * width)
-    finally:
-        fake_tensor.log.disabled = silenced
 
 
 def _measured(
@@ -176,11 +179,14 @@ def _measured(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     device: str,
-    mode: Any,
+    mode: FakeTensorMode | None,
 ) -> int:
+    from fullres.shadow import shadow
+
+    run = shadow(forward, mode) if isinstance(forward, nn.Module) else forward
     live = _LiveStorages()
-    with torch.inference_mode(), mode, live:
-        forward(torch.zeros(shape, dtype=dtype, device=device))
+    with torch.inference_mode(), mode or nullcontext(), live:
+        run(torch.zeros(shape, dtype=dtype, device=device))
     return live.peak
 
 

@@ -208,6 +208,16 @@ def test_it_is_reentrant():
     assert not wrong
 
 
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(5, 1, batch_first=True)
+
+    def forward(self, x):
+        tokens = x.flatten(2).mT
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0].mT.view_as(x)
+
+
 GLOBAL = {
     "fft2": lambda x: torch.fft.irfft2(torch.fft.rfft2(x), s=x.shape[2:]),
     "softmax": lambda x: x * torch.softmax(x.flatten(2), -1).view_as(x),
@@ -215,6 +225,8 @@ GLOBAL = {
     "layer_norm": lambda x: F.layer_norm(x, x.shape[1:]),
     "norm": lambda x: x / torch.norm(x, p=2, dim=(2, 3), keepdim=True),
     "mean": lambda x: x.permute(0, 2, 3, 1).mean((1, 2))[:, :, None, None] + x,
+    "sort": lambda x: x.flatten(2).sort(-1).values.view_as(x),
+    "multi_head_attention": Attends(),
 }
 
 
@@ -239,6 +251,20 @@ def test_what_does_not_grow_with_the_picture_is_not_global():
 
     with pytest.raises(NothingToConvert):
         convert(Windows(), Local(TRAIN))
+
+
+def test_pooling_to_a_share_of_the_map_and_transforms_of_windows_are_not_global():
+    class Cells(nn.Module):
+        def forward(self, x):
+            b, c, h, w = x.shape
+            y = F.adaptive_max_pool2d(x, (h // 4, w // 4)) + F.max_pool2d(x, 4)
+            windows = x.view(b, c, h // 4, 4, w // 4, 4).transpose(3, 4)
+            spectra = torch.fft.irfft2(torch.fft.rfft2(windows), s=(4, 4))
+            return F.interpolate(y, scale_factor=4) + spectra.transpose(3, 4).reshape(x.shape)
+
+    with pytest.raises(NothingToConvert) as nothing:
+        convert(Cells(), Local(TRAIN))
+    assert not nothing.value.plan.operations
 
 
 @torch.no_grad()

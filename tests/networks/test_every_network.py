@@ -388,4 +388,4 @@ def test_a_real_picture_is_restored_by_a_checkpoint(tmp_path, caplog, photo, cas
         assert results[local].isfinite().all()
     changed = (results[True] - results[False]).abs().max()
     runs_as_it_is = "it runs as it is" in caplog.text
-    assert changed == 0 if runs_as_it_is else changed > 1e-5
+    assert changed == 0 if runs_as_it_is else changed > 5e-7, changed

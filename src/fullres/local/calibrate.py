@@ -7,8 +7,6 @@ runs: a copy of the modules that shares (or fakes) their parameters and drops th
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,8 +18,12 @@ from torch._subclasses import FakeTensorMode
 
 from fullres.errors import ConversionError
 from fullres.local.functional import Call, Watch
+from fullres.shadow import quiet, shadow
 
 Shape = tuple[int, ...]
+
+FRAMES = 5
+"""Of the video that a network is tried on."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Shadow:
     def run(self, inputs: tuple[Any, ...]) -> Any:
         """Run once, without gradients."""
         context: AbstractContextManager[Any] = self.mode or nullcontext()
-        with torch.no_grad(), context, _quiet():
+        with torch.no_grad(), context, quiet():
             return self.module(*inputs)
 
     def watched(self, inputs: tuple[Any, ...]) -> tuple[Any, tuple[Call, ...]]:
@@ -70,21 +72,6 @@ class Calibration:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from logging the failures of fake passes, which are expected here."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    logger.addFilter(_drop)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_drop)
-
-
-def _drop(record: logging.LogRecord) -> bool:
-    return False
-
-
-@contextmanager
 def _recorded(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Shape]]]:
     """Shape of the first tensor argument of each call of the named modules, in order."""
     seen: dict[str, list[Shape]] = {name: [] for name in names}
@@ -113,7 +100,7 @@ def calibrate(
     """Run a shadow of the network once at the given size and note what the named modules see.
 
     Without an example the network is tried on one picture (1, C, H, W) with the numbers of
-    channels that restorers take.
+    channels that restorers take, and on a video (1, T, 3, H, W) of `FRAMES` frames.
 
     Raises:
         ConversionError: it runs on none of them; says why.
@@ -123,17 +110,19 @@ def calibrate(
     for fake in (True, False):
         for guess in guesses:
             try:
-                shadow = _shadow(module, fake)
-                inputs = guess if shadow.mode is None else _faked(guess, shadow.mode)
-                with _recorded(shadow.module, names) as seen:
-                    _, calls = shadow.watched(inputs)
+                mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+                found = Shadow(shadow(module, mode), mode)
+                inputs = guess if mode is None else _faked(guess, mode)
+                with _recorded(found.module, names) as seen:
+                    _, calls = found.watched(inputs)
             except Exception as error:  # noqa: BLE001 - any failure only means: try the next way
                 failure = failure or error
             else:
-                return Calibration(shadow, inputs, seen, calls)
+                return Calibration(found, inputs, seen, calls)
     tried = "the example"
     if example is None:
-        tried = f"a picture of {' or '.join(str(guess[0].shape[1]) for guess in guesses)} channels"
+        channels = " or ".join(str(x.shape[1]) for (x,) in guesses if x.dim() == 4)
+        tried = f"a picture of {channels} channels or a video of {FRAMES} frames"
     raise ConversionError(
         f"{type(module).__name__} does not run at its training size of {size[0]} × {size[1]} on "
         f"{tried} ({first_words(failure)}); pass an `example`: the input, or the tuple of inputs, "
@@ -161,25 +150,9 @@ def _inputs(module: nn.Module, size: tuple[int, int], example: Any) -> list[tupl
     like = next(floating, torch.empty(0))
     convolution = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
     channels = [3, *([convolution.in_channels] if convolution else []), 1, 4, 6]
-    return [
-        (torch.rand(1, c, *size, dtype=like.dtype, device=like.device),)
-        for c in dict.fromkeys(channels)
-    ]
+    shapes = [*((1, c, *size) for c in dict.fromkeys(channels)), (1, FRAMES, 3, *size)]
+    return [(torch.rand(shape, dtype=like.dtype, device=like.device),) for shape in shapes]
 
 
 def _faked(inputs: tuple[Any, ...], mode: FakeTensorMode) -> tuple[Any, ...]:
     return tuple(mode.from_tensor(v) if isinstance(v, Tensor) else v for v in inputs)
-
-
-def _shadow(module: nn.Module, fake: bool) -> Shadow:
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
-    stand_ins: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        stand_ins[id(tensor)] = tensor if mode is None else mode.from_tensor(tensor)
-    if mode is None:  # a real pass may write to buffers
-        stand_ins |= {id(buffer): buffer.detach().clone() for buffer in module.buffers()}
-    shadow = copy.deepcopy(module, stand_ins).eval()
-    for part in shadow.modules():
-        part._forward_hooks.clear()
-        part._forward_pre_hooks.clear()
-    return Shadow(shadow, mode)
