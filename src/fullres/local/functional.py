@@ -290,10 +290,11 @@ def _calling(frame: FrameType | None) -> tuple[nn.Module, Site] | None:
 
     None for calls from within torch's own modules, whose rules go by their class.
     """
-    site = None
+    site, attends = None, False
     while frame is not None:
         file = frame.f_code.co_filename
-        if site is None and file.startswith(_STOCK) and frame.f_code is not _ATTENTION:
+        attends |= frame.f_code is _ATTENTION
+        if site is None and not attends and file.startswith(_STOCK):
             return None
         if file != __file__ and not file.startswith(_TORCH):
             site = site or Site(file, frame.f_lineno, frame.f_lasti)

@@ -135,7 +135,8 @@ class PriorBlock(nn.Module):
 def _gated(x: Tensor, attention: Tensor, gamma: nn.Module) -> Tensor:
     attended = x * attention
     own, shared = gamma(torch.cat([x, attended], 1)).chunk(2, 1)
-    return x * own + attended * shared
+    gated: Tensor = x * own + attended * shared
+    return gated
 
 
 class Haar(nn.Module):
