@@ -166,3 +166,21 @@ def test_alpha_is_enlarged_with_the_picture(tmp_path):
     before, after = stored(path), stored(tmp_path / "out.png")
     assert np.array_equal(after[..., :3], before[..., :3].repeat(2, 0).repeat(2, 1))
     assert np.abs(after[..., 3].astype(int).mean() - before[..., 3].mean()) < 3
+
+
+@pytest.mark.parametrize("pattern", ["RGGB", "BGGR", "GRBG", "GBRG"])
+def test_interpolated_mosaics_do_not_depend_on_tiles(tmp_path, pattern):
+    path = save(tmp_path / "raw.tif", random(41, 53, dtype=np.uint16))
+    asks = network(lambda x: x, mosaic="interpolated")
+    results = []
+    for tile in (16, 512):
+        target = tmp_path / f"{tile}.tif"
+        fr.restore(path, target, asks, bayer=pattern, tile=tile, local=False)
+        results.append(stored(target))
+    assert np.array_equal(*results)
+    # every sample is still where it was, the other colours are near
+    sparse = tmp_path / "sparse.tif"
+    fr.restore(path, sparse, network(lambda x: x), bayer=pattern, local=False)
+    there = stored(sparse)
+    assert np.array_equal(results[0][there > 0], there[there > 0])
+    assert (results[0] > 0).mean() > 0.6

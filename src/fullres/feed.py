@@ -19,6 +19,7 @@ from torch import Tensor
 from fullres.errors import FullresError, ImageError
 from fullres.io.image import Sink, Source, open_image
 from fullres.networks.spec import Spec
+from fullres.ops.bayer import REACH, interpolated, sparse
 
 Bayer = Literal["RGGB", "BGGR", "GRBG", "GBRG"]
 """Colours of the sensor's top left 2 × 2 samples, row by row."""
@@ -166,7 +167,10 @@ class Views(Feed):
 
 @dataclass(frozen=True)
 class Mosaic(Feed):
-    """A mosaic of a Bayer sensor's samples: each in its colour's channel, 0 in the others.
+    """A mosaic of a Bayer sensor's samples, one of three colours each.
+
+    The network gets each sample in its colour's channel with 0 in the others, or colours
+    interpolated between the samples, whichever it was trained on (`Spec.mosaic`).
 
     Networks are trained on RGGB. A mosaic of another pattern gets the row and column before it
     that make it RGGB, by reflection, which keeps every sample's colour.
@@ -180,8 +184,12 @@ class Mosaic(Feed):
                 f"{self.source.path}: is a colour picture, and a mosaic has one value a pixel; "
                 "leave out --bayer"
             )
-        if min(self.size) < 2:
-            raise ImageError(f"{self.source.path}: is smaller than the pattern's 2 × 2 pixels")
+        least = REACH + 1 if self.spec.mosaic == "interpolated" else 2
+        if min(self.size) < least:
+            raise ImageError(
+                f"{self.source.path}: is smaller than {least} × {least} pixels, which the network "
+                "needs of a mosaic"
+            )
 
     @property
     def multiple(self) -> int:
@@ -194,14 +202,17 @@ class Mosaic(Feed):
         return rows, columns
 
     def read(self, top: int, left: int, height: int, width: int) -> Tensor:
-        samples = self.source.read(top, left, height, width)[None]
-        rows, columns = self._before
-        samples = F.pad(samples, (columns, 0, rows, 0), mode="reflect")
-        x = samples.new_zeros(1, 3, *samples.shape[-2:])
-        for number, channel in enumerate((0, 1, 1, 2)):
-            at = (..., slice(number // 2, None, 2), slice(number % 2, None, 2))
-            x[:, channel][at] = samples[:, 0][at]
-        return x
+        reach = REACH if self.spec.mosaic == "interpolated" else 0
+        # what lies outside is reflected, which keeps every sample's colour
+        rows, over, under = _within(top - reach, top + height + reach, self.source.height)
+        columns, before, after = _within(left - reach, left + width + reach, self.source.width)
+        samples = self.source.read(
+            rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start
+        )
+        first_row, first_column = self._before
+        margins = (before + first_column, after, over + first_row, under)
+        samples = F.pad(samples[None], margins, mode="reflect")
+        return interpolated(samples) if reach else sparse(samples)
 
     def result(self, y: Tensor) -> Tensor:
         rows, columns = (self.spec.scale * n for n in self._before)
@@ -209,6 +220,12 @@ class Mosaic(Feed):
 
     def create(self, target: Path, bits: int | None, quality: int) -> Sink:
         return self.source.create(target, self.spec.scale, bits, quality, as_colour=True)
+
+
+def _within(start: int, stop: int, length: int) -> tuple[slice, int, int]:
+    """The part of a range that lies within `length`, and how far it reaches out on either side."""
+    inner = slice(max(start, 0), min(stop, length))
+    return inner, inner.start - start, stop - inner.stop
 
 
 @contextmanager

@@ -39,6 +39,7 @@ KNOWN = {
     "amax": lambda x: x.amax(-1),
     "std": lambda x: x.std(1),
     "chunk": lambda x: x.chunk(3, -1),
+    "chunk by name": lambda x: torch.chunk(x, chunks=3, dim=-1),
     "chunk of the first": lambda x: x.chunk(2),
     "split": lambda x: torch.split(x, [2, 4], dim=1),
     "unbind": lambda x: x.unbind(1),
@@ -94,3 +95,15 @@ def test_what_is_not_known_is_said_so():
         (torch.Tensor.mul_, (torch.rand(B, C), x)),
     ):
         assert at_all_positions(func, args, {}, Pooled) is NotImplemented
+
+
+@torch.no_grad()
+def test_vectors_land_on_maps_in_other_orders():
+    x, vectors = torch.rand(B, C, H, W), torch.rand(B, C, H, W)
+    wanted = x * vectors
+    pooled = Pooled(vectors[:, :, None, None])
+    tokens = x.flatten(2)
+    pixels = x.permute(0, 2, 3, 1)
+    assert torch.equal(pixels * pooled.permute(0, 2, 3, 1), wanted.permute(0, 2, 3, 1))
+    assert torch.equal(pooled.flatten(2) * tokens, wanted.flatten(2))
+    assert torch.equal(tokens.mT * pooled.view(B, 1, C), wanted.flatten(2).mT)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fullres.local.forms import Gives
-from fullres.local.positions import at_all_positions
+from fullres.local.positions import ELEMENTWISE, at_all_positions
 from fullres.ops.frames import Frame
 
 _PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")
@@ -157,7 +157,7 @@ def _landed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         return func(*plain_args, **plain_kwargs)
     one_value = all(p.dim() == 4 and p.shape[2:] == (1, 1) for p in pooled)
     if not one_value:
-        return None
+        return _landed_in_order(func, leaves, tree)
     if func in _SPREADS and _spreads_to(func, args, kwargs) == positions:
         return pooled[0].as_map()
     if func in (F.conv2d, torch.conv2d) and tuple(args[1].shape[2:]) == (1, 1):
@@ -168,7 +168,7 @@ def _landed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         return Pooled(result[:, :, None, None], pooled[0].frame)
     maps = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, Pooled)]
     if not any(x.dim() == 4 and tuple(x.shape[2:]) == positions for x in maps):
-        return None
+        return _landed_in_order(func, leaves, tree)
     if len(leaves) == len(pooled) + len(maps) == 2 and func in _PRODUCTS:
         in_place = func in _PRODUCTS_IN_PLACE
         if not in_place or maps[0] is leaves[0]:
@@ -176,6 +176,40 @@ def _landed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     ordinary = [leaf.as_map() if isinstance(leaf, Pooled) else leaf for leaf in leaves]
     plain_args, plain_kwargs = tree_unflatten(ordinary, tree)
     return func(*plain_args, **plain_kwargs)
+
+
+def _landed_in_order(func: Callable[..., Any], leaves: list[Any], tree: Any) -> Any:
+    """What `_landed` gives where the map's positions lie elsewhere than in its last two axes.
+
+    Maps of pixels (B, H, W, C) meet pooled values (B, 1, 1, C); tokens (B, H·W, C) meet (B, 1, C),
+    and (B, C, H·W) meet (B, C, 1). Only functions that compute each element by itself count.
+    """
+    if getattr(func, "__name__", "") not in ELEMENTWISE:
+        return None
+    for axes in _AXES_OF_POSITIONS:
+        placed = [_placed(x, axes) if isinstance(x, Pooled) else x for x in leaves]
+        ours: list[Any] = [x for x, y in zip(placed, leaves, strict=True) if isinstance(y, Pooled)]
+        maps = [y for y in leaves if isinstance(y, Tensor) and not isinstance(y, Pooled)]
+        if any(x is None for x in ours):
+            continue
+        place = [ours[0].shape[a] for a in axes]
+        if any(y.dim() == len(axes) + 2 and [y.shape[a] for a in axes] == place for y in maps):
+            plain_args, plain_kwargs = tree_unflatten(placed, tree)
+            return func(*plain_args, **plain_kwargs)
+    return None
+
+
+_AXES_OF_POSITIONS: tuple[tuple[int, ...], ...] = ((1, 2), (1,), (2,))
+
+
+def _placed(x: Pooled, axes: tuple[int, ...]) -> Tensor | None:
+    """Pooled values as a map whose positions lie in these axes, each of length one so far."""
+    if x.dim() != len(axes) + 2 or any(x.shape[a] != 1 for a in axes):
+        return None
+    vectors = x.everywhere().vectors
+    if len(axes) == 1:
+        vectors = vectors.flatten(-2)
+    return vectors.squeeze(axes).movedim(tuple(range(-len(axes), 0)), axes)
 
 
 _PRODUCTS_IN_PLACE = (Tensor.mul_, Tensor.__imul__)

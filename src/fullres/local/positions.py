@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ELEMENTWISE = {
+ELEMENTWISE = {
     "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "gelu", "silu", "hardswish",
     "hardsigmoid", "hardtanh", "sigmoid", "sigmoid_", "tanh", "tanh_", "softplus", "exp", "exp_",
     "log", "sqrt", "rsqrt", "square", "abs", "neg", "__neg__", "reciprocal", "pow", "__pow__",
@@ -47,7 +47,7 @@ def at_all_positions(
         cls: class of the maps of vectors.
     """
     name = getattr(func, "__name__", "")
-    if name in _ELEMENTWISE:
+    if name in ELEMENTWISE:
         return _elementwise(func, args, kwargs, cls)
     if name in ("cat", "stack"):
         parts = args[0] if args else kwargs.get("tensors")
@@ -122,10 +122,11 @@ def _along(
             given = tuple(range(dims))
         else:
             return NotImplemented
-    of = dims + (name in ("unsqueeze", "stack"))
+    along = _dims(given, dims + (name in ("unsqueeze", "stack")))
     rest = {key: value for key, value in kwargs.items() if key not in ("dim", "tensors")}
-    before, after = args[:at], args[at + 1 :]
-    return func(vectors, *before, _dims(given, of), *after, **rest)
+    if len(args) > at:
+        return func(vectors, *args[:at], along, *args[at + 1 :], **rest)
+    return func(vectors, *args, dim=along, **rest)
 
 
 def _linear(vectors: Tensor, dims: int, weight: Tensor, bias: Tensor | None = None) -> Any:

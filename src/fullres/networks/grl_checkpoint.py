@@ -235,6 +235,7 @@ def spec_of(hyperparameters: Mapping[str, Any]) -> Spec:
         out_channels=out,
         scale=hyperparameters["upscale"],
         views=2 if channels == 2 * out else 1,
+        mosaic="interpolated",
         task=_task_of(hyperparameters),
         train_size=hyperparameters["img_size"],
     )

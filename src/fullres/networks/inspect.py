@@ -55,7 +55,8 @@ def _input(spec: Spec) -> str:
     elif spec.views == 2:
         kind = "the left and the right view of a dual-pixel camera (--right)"
     elif spec.task == "demosaic":
-        kind = "mosaics of a Bayer sensor (--bayer)"
+        how = "as they are" if spec.mosaic == "samples" else "interpolated by fullres"
+        kind = f"mosaics of a Bayer sensor (--bayer), {how}"
     told = {"noise level": "--noise-level", "JPEG quality": "--jpeg-quality"}
     beside = f", and the {spec.condition} ({told[spec.condition]})" if spec.condition else ""
     return f"{kind}{beside}; values from 0 to {spec.value_range:g}"

@@ -41,6 +41,9 @@ class Spec:
     condition: Literal["noise level", "JPEG quality"] | None = None
     """What the last channel of the input tells, the same at every pixel: the standard deviation
     of the noise (white is 1), or the quality of the JPEG over 100."""
+    mosaic: Literal["samples", "interpolated"] = "samples"
+    """How a network that restores mosaics takes them: samples with 0 for the colours that are not
+    there, or colours interpolated by Malvar's gradient-corrected filters."""
     task: str | None = None
     """What the weights do to a picture, where it is known."""
     train_size: int | None = None
