@@ -150,3 +150,36 @@ def test_maps_of_another_size_are_refused():
         _ = pooled * torch.rand(1, C, 16, 16)
     with pytest.raises(ValueError, match="different size"):
         _ = pooled * Pooled(torch.rand(1, C, 1, 1, 4, 4))
+
+
+class Squeezed(nn.Module):
+    def __init__(self, in_place):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.gate = nn.Sequential(nn.Conv2d(8, 2, 1), nn.ReLU(), nn.Conv2d(2, 8, 1), nn.Sigmoid())
+        self.act = nn.ReLU(inplace=in_place)
+
+    def forward(self, x):
+        x = self.first(x)
+        pooled = self.pool(x)
+        return self.act(x) * self.gate(pooled)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_means_wait_for_a_squeeze_unless_the_map_changes_meanwhile(in_place, inference):
+    torch.manual_seed(0)
+    net = Squeezed(in_place)
+    x = torch.rand(2, 3, 30, 40)
+    y = net.first(x)
+    expected = y.relu() * net.gate(local_mean(y, (24, 24)))
+    with convert(net, Local(train_size=16)), torch.inference_mode(inference):
+        assert net.pool.local_defers == (not in_place)
+        torch.testing.assert_close(net(x.clone()), expected)
+    with convert(net, Local(train_size=16)):
+        net.pool.local_defers = True
+        if in_place:
+            with pytest.raises(RuntimeError, match="in place"):
+                net(x)

@@ -43,6 +43,8 @@ class LocalModule(LocalForm):
     local_windows: tuple[Window, ...]
     local_gives: Gives = "map"
     """What a pooling gives to the code that follows."""
+    local_defers: bool = False
+    """Whether a mean may wait until it is used."""
 
     def local_window(self) -> Window:
         """Window of the present call."""

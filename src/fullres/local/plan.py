@@ -18,13 +18,14 @@ from fullres.local.forms import (
     Form,
     Gives,
     LocalForm,
+    LocalModule,
     Window,
     form_of,
     mixed,
     take_form,
 )
 from fullres.local.functional import Call, LocalCalls, Site
-from fullres.local.pooled import Pooled, calls_on_pooled
+from fullres.local.pooled import ChangedInPlaceError, Pooled, calls_on_pooled
 from fullres.local.rules import RULES, LocalAvgPool2d, LocalMaxPool2d, Stays
 from fullres.local.settings import Local
 from fullres.local.table import table
@@ -328,11 +329,14 @@ def _that_run(operations: list[Operation], larger: _Larger) -> tuple[Operation, 
     if isinstance(larger.wanted, Exception) or itself:
         return tuple(operations)  # it takes no other size, or is itself the one operation
     as_vectors = [_giving(op, "vectors") for op in operations]
+    deferring = [_giving(op, "vectors", defers=True) for op in operations]
+    defers = not isinstance(larger.trial(deferring), ChangedInPlaceError)
     with calls_on_pooled() as maps_would_do:
         runs = larger.trial(as_vectors) == larger.wanted
     if runs:
         maps_too = maps_would_do() and larger.trial(operations) == larger.wanted
-        return tuple(_giving(op, "either") for op in operations) if maps_too else tuple(as_vectors)
+        what: Gives = "either" if maps_too else "vectors"
+        return tuple(_giving(op, what, defers) for op in operations)
     accepted: list[Operation] = []
     for op in as_vectors:
         if op.form is not None:
@@ -343,12 +347,15 @@ def _that_run(operations: list[Operation], larger: _Larger) -> tuple[Operation, 
     return tuple(accepted)
 
 
-def _giving(op: Operation, what: Gives) -> Operation:
+def _giving(op: Operation, what: Gives, defers: bool = False) -> Operation:
     """The operation with a form that gives vectors or either, if it pools."""
     pools = LocalAvgPool2d | LocalMaxPool2d | LocalCalls
     if op.form is None or not issubclass(op.form.cls, pools):
         return op
-    return replace(op, form=Form(op.form.cls, {**op.form.attributes, "local_gives": what}))
+    more: dict[str, Any] = {"local_gives": what}
+    if issubclass(op.form.cls, LocalModule):
+        more["local_defers"] = defers
+    return replace(op, form=Form(op.form.cls, {**op.form.attributes, **more}))
 
 
 def _shapes(value: Any) -> Any:

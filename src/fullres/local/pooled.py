@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from fullres.local.forms import Gives
+from fullres.local.forms import Gives, Window
 from fullres.local.positions import ELEMENTWISE, at_all_positions
+from fullres.ops.box import local_mean
 from fullres.ops.frames import Frame
 
 _PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")
@@ -76,25 +77,69 @@ def _name(func: Callable[..., Any], args: tuple[Any, ...]) -> str:
     return name
 
 
+class ChangedInPlaceError(RuntimeError):
+    """A map was changed before the mean that had been put off: it must not be put off."""
+
+
 class Pooled(Tensor):
     """A tensor of the shape that pooling gave, with other values at each position of a map.
 
     `vectors` is (*shape, h, w), those of the contained windows.
     """
 
-    vectors: Tensor
     frame: Frame
     """What they stand for."""
+    mean_of: tuple[Tensor, Window, int | None] | None = None
+    """The map and window that they are the mean of, while nobody has asked for their values; and
+    the map's version, where versions are counted."""
+    _vectors: Tensor | None
 
     @staticmethod
     def __new__(cls: type[Pooled], vectors: Tensor, frame: Frame | None = None) -> Pooled:
         pooled: Pooled = Tensor._make_wrapper_subclass(
             cls, vectors.shape[:-2], dtype=vectors.dtype, device=vectors.device
         )
-        pooled.vectors = vectors
         height, width = vectors.shape[-2:]
-        pooled.frame = frame or Frame.whole((height, width))
+        pooled._vectors, pooled.frame = vectors, frame or Frame.whole((height, width))
         return pooled
+
+    @classmethod
+    def of_mean(cls, x: Tensor, window: Window) -> Pooled:
+        """Means (B, C, 1, 1) of a map, computed once somebody asks for them.
+
+        A layer that squeezes channels is cheaper before the mean than after it, and linear.
+        """
+        shape = (*x.shape[:2], 1, 1)
+        pooled: Pooled = Tensor._make_wrapper_subclass(cls, shape, dtype=x.dtype, device=x.device)
+        pooled._vectors, pooled.frame = None, Frame.of((x.shape[2], x.shape[3]), window)
+        pooled.mean_of = (x, window, None if x.is_inference() else x._version)
+        return pooled
+
+    @property
+    def vectors(self) -> Tensor:
+        if self._vectors is None:
+            x, window = self._source()
+            self._vectors = local_mean(x, window, replicate=False)[:, :, None, None]
+            self.mean_of = None
+        return self._vectors
+
+    @vectors.setter
+    def vectors(self, vectors: Tensor) -> None:
+        self._vectors, self.mean_of = vectors, None
+
+    def squeezed(self, weight: Tensor, bias: Tensor | None) -> Pooled:
+        """What a 1 × 1 convolution gives, which comes before the mean."""
+        x, window = self._source()
+        inner = local_mean(F.conv2d(x, weight), window, replicate=False)
+        inner = inner if bias is None else inner + bias[:, None, None]
+        return Pooled(inner[:, :, None, None], self.frame)
+
+    def _source(self) -> tuple[Tensor, Window]:
+        assert self.mean_of is not None
+        x, window, version = self.mean_of
+        if version is not None and x._version != version:
+            raise ChangedInPlaceError("a map was changed in place before its mean was used")
+        return x, window
 
     @property
     def positions(self) -> tuple[int, int]:
@@ -161,6 +206,9 @@ def _landed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     if func in _SPREADS and _spreads_to(func, args, kwargs) == positions:
         return pooled[0].as_map()
     if func in (F.conv2d, torch.conv2d) and tuple(args[1].shape[2:]) == (1, 1):
+        if pooled[0].mean_of is not None and _squeezes(*args[1:], **kwargs):
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            return pooled[0].squeezed(args[1], bias)
         within = pooled[0].within()
         result = func(within, *args[1:], **kwargs)
         if result.shape[2:] != within.shape[2:]:
@@ -210,6 +258,19 @@ def _placed(x: Pooled, axes: tuple[int, ...]) -> Tensor | None:
     if len(axes) == 1:
         vectors = vectors.flatten(-2)
     return vectors.squeeze(axes).movedim(tuple(range(-len(axes), 0)), axes)
+
+
+def _squeezes(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> bool:
+    """Whether a 1 × 1 convolution, with its arguments, has at most half as many channels after."""
+    plain = stride in (1, (1, 1)) and padding in (0, (0, 0)) and groups == 1
+    return plain and 2 * weight.shape[0] <= weight.shape[1]
 
 
 _PRODUCTS_IN_PLACE = (Tensor.mul_, Tensor.__imul__)
@@ -285,6 +346,7 @@ def pooled(
     statistic: Callable[..., Tensor],
     gives: Gives,
     shape: tuple[int, ...] | None = None,
+    defers: bool = False,
 ) -> Tensor:
     """A statistic of the window around every position of a map, for the code that follows.
 
@@ -294,10 +356,13 @@ def pooled(
         statistic: of (map, window), with `replicate=False` for the contained windows alone.
         gives: what that code takes. Where a graph is recorded maps are faster than vectors.
         shape: of the one statistic that it expects, (B, C, 1, 1) if None.
+        defers: whether a mean may wait until it is used: nothing changes the map before.
     """
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
     if gives == "map" or (gives == "either" and recorded):
         return statistic(x, window, replicate=True)
+    if not recorded and defers and statistic is local_mean and shape is None:
+        return Pooled.of_mean(x, window)
     values = statistic(x, window, replicate=recorded)
     size = (x.shape[2], x.shape[3])
     frame = Frame.whole(size) if recorded else Frame.of(size, window)

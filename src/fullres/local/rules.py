@@ -54,7 +54,7 @@ def _pooled_locally(
     gives = module.local_gives
     if gives == "either" and cast(nn.Module, module)._forward_hooks:
         gives = "map"  # which hooks understand
-    return pooled(x, window, locally, gives)
+    return pooled(x, window, locally, gives, defers=module.local_defers)
 
 
 class LocalInstanceNorm2d(LocalModule, nn.InstanceNorm2d):
