@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import platform
 import statistics
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fullres.errors import FullresError
-from fullres.memory import use_huge_pages
+from fullres.memory import return_freed_memory, use_huge_pages
 
 Size = tuple[int, int]
 Pass = Callable[[Size], Tensor]
@@ -113,19 +112,11 @@ def _peak(make: Make, arguments: Sequence[object], size: Size) -> int:
             held = torch.cuda.memory_allocated()
             run(size)
             return torch.cuda.max_memory_allocated() - held
-        _return_freed_memory()
+        return_freed_memory()
         _forget_high_water()
         held = _resident()
         run(size)
         return max(_high_water() - held, 0)
-
-
-def _return_freed_memory() -> None:
-    """What the C library keeps of the first pass would count as held, and serve the second."""
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
-        if trim is not None:
-            trim(0)
 
 
 def _forget_high_water() -> None:

@@ -143,6 +143,13 @@ def freed_memory_returned() -> Iterator[None]:
         _set(libc, kept=True)
 
 
+def return_freed_memory() -> None:
+    """Give back to the kernel what the C library has kept of freed memory."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
 @cache
 def _glibc() -> Any:
     if not sys.platform.startswith("linux"):
