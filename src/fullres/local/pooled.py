@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fullres.local.forms import Gives, Window
-from fullres.local.positions import ELEMENTWISE, at_all_positions
+from fullres.local.positions import ELEMENTWISE, at_all_positions, dense_again
 from fullres.ops.box import local_mean
 from fullres.ops.frames import Frame
 
@@ -148,7 +148,7 @@ class Pooled(Tensor):
 
     def within(self) -> Tensor:
         """The values of (B, C, 1, 1) as a map of the contained windows, (B, C, h, w)."""
-        return self.vectors[:, :, 0, 0]
+        return dense_again(self.vectors[:, :, 0, 0])
 
     def as_map(self) -> Tensor:
         """The values of (B, C, 1, 1) as a map (B, C, H, W)."""

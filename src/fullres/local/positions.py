@@ -131,10 +131,23 @@ def _along(
 
 def _linear(vectors: Tensor, dims: int, weight: Tensor, bias: Tensor | None = None) -> Any:
     """A linear layer on (…, C) is a 1 × 1 convolution of (…, C, H, W)."""
-    y = F.conv2d(
-        vectors.flatten(0, dims - 2) if dims > 2 else vectors, weight[:, :, None, None], bias
-    )
+    maps = dense_again(vectors.flatten(0, dims - 2) if dims > 2 else vectors)
+    y = F.conv2d(maps, weight[:, :, None, None], bias)
     return y.reshape(*vectors.shape[: dims - 1], *y.shape[-3:])
+
+
+def dense_again(x: Tensor) -> Tensor:
+    """A single map (1, C, H, W) whose pixels are contiguous, so that torch sees that it is dense.
+
+    A view may leave the first axis with a stride that means nothing and hides the memory format;
+    convolutions would copy the map.
+    """
+    if x.dim() != 4 or len(x) != 1 or torch.is_grad_enabled():
+        return x
+    _, c, h, w = x.shape
+    if x.stride()[1:] != (1, w * c, c):
+        return x
+    return x.as_strided(x.shape, (c * h * w, 1, w * c, c))
 
 
 def _conv1d(
