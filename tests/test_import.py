@@ -61,7 +61,7 @@ ORDER = [
     {"cli", "console", "web", "__main__"},
     {"restore", "batch", "bench", "feed", "measure", "evaluate", "export", "training", "studies"},
     {"io", "tiles", "memory", "local", "networks", "data", "metrics"},
-    {"ops", "weights"},
+    {"ops", "shadow", "weights"},
     {"errors"},
 ]
 

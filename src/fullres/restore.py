@@ -288,7 +288,7 @@ def restore_picture(
         progress.picture(job, height * width)
         with feed.create(job.target, bits, quality) as sink:
             grid, tiles = plan_picture(feed, restorer)
-            keeps = KEPT * _peak_of(tiles, restorer) <= MEMORY_SHARE * free_memory(restorer.device)
+            keeps = restorer.tile is not None or _leaves_room(tiles, restorer)
 
             def run(tile: Tile) -> None:
                 rows, columns = tile.rows, tile.columns
@@ -333,10 +333,11 @@ def _pixels_run(tiles: list[Tile]) -> int:
     return sum(tile.run_pixels for tile in tiles)
 
 
-def _peak_of(tiles: list[Tile], restorer: Restorer) -> int:
-    """Bytes of tensors that the largest pass needs."""
+def _leaves_room(tiles: list[Tile], restorer: Restorer) -> bool:
+    """Whether the largest pass may keep freed memory."""
     largest = largest_run(tiles)
-    return restorer.peak(largest.rows.run, largest.columns.run)
+    needed = KEPT * restorer.peak(largest.rows.run, largest.columns.run)
+    return needed <= MEMORY_SHARE * free_memory(restorer.device)
 
 
 def restore_tensor(x: Tensor, restorer: Restorer, path: Path) -> Tensor:
