@@ -55,7 +55,7 @@ class Checkpoint:
     content: dict[Any, Any]
     """Nested dictionaries; the leaves that count are tensors on the CPU."""
     metadata: dict[str, str] = field(default_factory=dict)
-    """Metadata of a safetensors file, otherwise empty."""
+    """Metadata of a safetensors file, or what fullres wrote into a state of its training."""
 
     def candidates(self) -> Iterator[dict[str, Tensor]]:
         """Every flat state dict the file may mean, the most likely first.
@@ -88,7 +88,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         content, metadata = _read_safetensors(path)
     else:
         raise NetworkError(f"{path}: {_mistaken(head)}")
-    checkpoint = Checkpoint(path, content if isinstance(content, dict) else {}, metadata)
+    if not isinstance(content, dict):
+        content = {}
+    if isinstance(told := content.get("fullres"), dict):
+        metadata = {name: value for name, value in told.items() if isinstance(value, str)}
+    checkpoint = Checkpoint(path, content, metadata)
     if not any(checkpoint.candidates()):
         raise NetworkError(
             f"{path}: holds no named tensors; save the network's state_dict(), "

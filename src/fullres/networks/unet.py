@@ -21,18 +21,19 @@ from fullres.networks.layers import pad_to_multiple
 from fullres.networks.spec import Architecture, Spec, State, count
 
 
-def squeeze(channels: int) -> list[nn.Module]:
-    """The two layers that follow the pooling in SENet and CBAM, with a reduction of 16."""
-    reduced = max(channels // 16, 1)
+def squeeze(channels: int, reduction: int) -> list[nn.Module]:
+    """The two layers that follow the pooling in SENet and CBAM."""
+    reduced = max(channels // reduction, 1)
     return [nn.Conv2d(channels, reduced, 1), nn.ReLU(), nn.Conv2d(reduced, channels, 1)]
 
 
 class SqueezeExcitation(nn.Module):
     """Channel attention of SENet (Hu et al., CVPR 2018): (B, C, H, W) to the same."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
-        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), *squeeze(channels), nn.Sigmoid())
+        layers = squeeze(channels, reduction)
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), *layers, nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = x * self.gate(x)
@@ -59,11 +60,11 @@ class GatherExcite(nn.Module):
 class ConvBlockAttention(nn.Module):
     """CBAM (Woo et al., ECCV 2018), channel then spatial attention: (B, C, H, W) to the same."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
         self.average = nn.AdaptiveAvgPool2d(1)
         self.maximum = nn.AdaptiveMaxPool2d(1)
-        self.mlp = nn.Sequential(*squeeze(channels))
+        self.mlp = nn.Sequential(*squeeze(channels, reduction))
         self.spatial = nn.Conv2d(2, 1, 7, padding=3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,6 +89,7 @@ class EncoderBlock(nn.Module):
         attention: str,
         norm: str,
         down: bool,
+        reduction: int,
     ) -> None:
         super().__init__()
         self.slope = slope
@@ -95,7 +97,7 @@ class EncoderBlock(nn.Module):
         self.conv_1 = conv3x3(in_channels, out_channels)
         self.norm = _norm(norm, out_channels)
         self.conv_2 = conv3x3(out_channels, out_channels)
-        self.attention = _attention(attention, out_channels)
+        self.attention = _attention(attention, out_channels, reduction)
         self.downsample = downsampling(out_channels) if down else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,14 +116,14 @@ def _norm(kind: str, channels: int) -> nn.Sequential:
     return nn.Sequential(layers)
 
 
-def _attention(kind: str, channels: int) -> nn.Sequential:
+def _attention(kind: str, channels: int, reduction: int) -> nn.Sequential:
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if kind == "se":
-        layers["se"] = SqueezeExcitation(channels)
+        layers["se"] = SqueezeExcitation(channels, reduction)
     elif kind == "ge":
         layers["ge"] = GatherExcite()
     elif kind == "cbam":
-        layers["cbam"] = ConvBlockAttention(channels)
+        layers["cbam"] = ConvBlockAttention(channels, reduction)
     return nn.Sequential(layers)
 
 
@@ -137,6 +139,7 @@ class UNet(nn.Module):
             gather-excite without parameters, or CBAM.
         norm: after the first convolution of the encoder's blocks: instance norm, or group norm
             with 16 channels a group.
+        reduction: channels over those between the two layers of the attention.
     """
 
     def __init__(
@@ -147,17 +150,18 @@ class UNet(nn.Module):
         relu_slope: float = 0.2,
         attention: Literal["none", "se", "ge", "cbam"] = "none",
         norm: Literal["none", "in", "gn"] = "none",
+        reduction: int = 16,
     ) -> None:
         super().__init__()
-        if min(in_chn, width, depth) < 1:
-            raise ValueError("in_chn, width and depth must be positive")
+        if min(in_chn, width, depth, reduction) < 1:
+            raise ValueError("in_chn, width, depth and reduction must be positive")
         self.multiple = 2 ** (depth - 1)
         channels = [width * 2**level for level in range(depth)]
         self.first = conv3x3(in_chn, width)
         self.down_path = nn.ModuleList()
         for level, (above, here) in enumerate(zip([width, *channels], channels, strict=False)):
             down = level + 1 < depth
-            block = EncoderBlock(above, here, relu_slope, attention, norm, down)
+            block = EncoderBlock(above, here, relu_slope, attention, norm, down, reduction)
             self.down_path.append(block)
         self.up_path = nn.ModuleList(UpBlock(c, relu_slope) for c in channels[-2::-1])
         self.last = conv3x3(width, in_chn)
@@ -176,6 +180,7 @@ _ATTENTIONS = {
     "ge": "ge.mark",
     "cbam": "cbam.spatial.weight",
 }
+_SQUEEZED = {"se": "se.gate.1.weight", "cbam": "cbam.mlp.0.weight"}
 _NORMS = {"in": "instance.weight", "gn": "group.weight"}
 
 
@@ -186,13 +191,19 @@ def _hyperparameters(state: State) -> dict[str, Any] | None:
         return None
     attentions = [k for k, name in _ATTENTIONS.items() if f"{block}.attention.{name}" in state]
     norms = [k for k, name in _NORMS.items() if f"{block}.norm.{name}" in state]
-    return {
+    found = {
         "in_chn": first.shape[1],
         "width": first.shape[0],
         "depth": depth,
         "attention": next(iter(attentions), "none"),
         "norm": next(iter(norms), "none"),
     }
+    # the deepest block has the most channels, which tell the reduction best
+    deepest = f"down_path.{depth - 1}.attention.{_SQUEEZED.get(found['attention'])}"
+    if deepest in state:
+        reduced, channels = state[deepest].shape[:2]
+        found["reduction"] = channels // reduced
+    return found
 
 
 def _spec(hyperparameters: Mapping[str, Any]) -> Spec:
