@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fullres.data.degradations import Noise, Range, check_range, smooth_field
+from fullres.data.degradations import CELLS, Noise, Range, check_range, smooth_field
+from fullres.errors import FullresError
 
 Path = npt.NDArray[np.float64]
 """(samples, axes), the way of the camera or of a thing over the exposure."""
@@ -44,7 +45,7 @@ class Defocus:
     """Smallest and largest radius in pixels; a picture has both where it varies."""
     varying: bool = True
     """Otherwise one radius for the whole picture."""
-    cells: int = 4
+    cells: int = CELLS
     """Of the field along the longer side: the more, the faster the radius changes."""
     noise: float = 2.0
     """Standard deviation in 1/255."""
@@ -53,6 +54,9 @@ class Defocus:
 
     def __post_init__(self) -> None:
         check_range("radius", self.radius, 0, 100)
+        check_range("noise", (self.noise, self.noise), 0, 255)
+        if self.cells < 1:
+            raise FullresError(f"cells={self.cells}: a field has at least one cell")
 
     def __call__(self, clean: Tensor, random: np.random.Generator) -> Tensor:
         """Degrade (C, H, W) in [0, 1]."""
@@ -89,6 +93,9 @@ class Shake:
         check_range("shift", self.shift, 0, 100)
         check_range("rotation", self.rotation, 0, 45)
         check_range("zoom", self.zoom, 0, 50)
+        check_range("noise", (self.noise, self.noise), 0, 255)
+        if self.samples < 1:
+            raise FullresError(f"samples={self.samples}: an exposure has at least one moment")
 
     def __call__(self, clean: Tensor, random: np.random.Generator) -> Tensor:
         """Degrade (C, H, W) in [0, 1]."""

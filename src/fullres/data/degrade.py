@@ -42,7 +42,7 @@ def create_degradation(name: str, **parameters: Any) -> Degradation:
     """A degradation by name.
 
     >>> create_degradation("noise", sigma=[0, 50])
-    Noise(sigma=(0, 50), varying=False, cells=4, clip=False)
+    Noise(sigma=(0, 50), varying=False, clip=False)
 
     Raises:
         FullresError: no such degradation or parameter, or a value that cannot be.
@@ -71,7 +71,7 @@ def parse_degradation(text: str) -> Degradation:
     """A degradation as it is written on the command line: its name, then its parameters.
 
     >>> parse_degradation("noise sigma=[0,50]")
-    Noise(sigma=(0, 50), varying=False, cells=4, clip=False)
+    Noise(sigma=(0, 50), varying=False, clip=False)
 
     Raises:
         FullresError: as `create_degradation`, or a parameter is not written so.

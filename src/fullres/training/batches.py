@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from fullres.data.datasets import Pair
+from fullres.data.datasets import Block, Pair, read_block
+from fullres.data.reading import with_channels
 from fullres.errors import FullresError
 from fullres.io.image import open_image
 from fullres.memory import free_memory
+from fullres.networks.spec import Spec
 from fullres.training.recipe import Augment, Recipe
 
 Place = tuple[int, int]
@@ -37,75 +39,78 @@ class Pictures:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self._held: OrderedDict[Path, Stored] = OrderedDict()
+        self._held: OrderedDict[tuple[Path, Block | None], Stored] = OrderedDict()
         self._bytes = 0
 
-    def __getitem__(self, path: Path) -> Stored:
-        if path in self._held:
-            self._held.move_to_end(path)
-            return self._held[path]
-        with open_image(path) as source:
-            values = source.read(0, 0, source.height, source.width).numpy()
-            bits = source.bits
-        stored: Stored = values
-        if bits < 32:
-            stored = (values * (2**bits - 1)).round().astype(np.uint8 if bits == 8 else np.uint16)
-        self._held[path] = stored
+    def get(self, path: Path, key: Block | None = None) -> Stored:
+        """A picture; with a key, one of the many that the file holds."""
+        name = (path, key)
+        if name in self._held:
+            self._held.move_to_end(name)
+            return self._held[name]
+        stored = self._held[name] = _stored(path, key)
         self._bytes += stored.nbytes
         while self._bytes > self.budget and len(self._held) > 1:
             self._bytes -= self._held.popitem(last=False)[1].nbytes
         return stored
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width, by decoding no more than the header."""
+def _stored(path: Path, key: Block | None) -> Stored:
+    if key is not None:
+        return read_block(path, key).transpose(2, 0, 1)
+    with open_image(path) as source:
+        values = source.read(0, 0, source.height, source.width).numpy()
+        bits = source.bits
+    if bits == 32:
+        return values
+    kind = np.uint8 if bits == 8 else np.uint16
+    integers: Stored = (values * (2**bits - 1)).round().astype(kind)
+    return integers
+
+
+def picture_pixels(path: Path) -> int:
+    """Height times width, by reading no more than the header."""
     import pyvips
 
     try:
         image = pyvips.Image.new_from_file(os.fspath(path))
     except pyvips.Error:
         with open_image(path) as source:  # says what is wrong
-            return source.height, source.width
-    return image.height, image.width
+            return source.height * source.width
+    return int(image.height * image.width)
 
 
 class Crops(Dataset[tuple[Tensor, Tensor]]):
-    """Degraded and target crops, (C, crop, crop) and (C, scale * crop, scale * crop), by place."""
+    """Degraded and target crops, (C, crop, crop) and (C, scale * crop, scale * crop), by place.
 
-    def __init__(self, recipe: Recipe, pairs: list[Pair], scale: int) -> None:
+    Pictures are drawn by their area. Those smaller than a crop are extended by reflection.
+    """
+
+    def __init__(self, recipe: Recipe, pairs: list[Pair], spec: Spec) -> None:
         self.recipe = recipe
         self.pairs = pairs
-        self.scale = scale
+        self.scale = spec.scale
+        self.channels = spec.out_channels
         self.degradation = recipe.make_degradation() if pairs[0].degraded is None else None
         readers = recipe.devices * max(recipe.workers, 1)
         self.pictures = Pictures(int(HELD * free_memory(torch.device("cpu")) / readers))
-        sizes = np.array([picture_size(pair.target) for pair in pairs])
-        self.shares = sizes.prod(1) / sizes.prod(1).sum()
-        largest = scale * max(stage.crop for stage in recipe.stages)
-        small = np.flatnonzero(sizes.min(1) < largest)
-        if len(small):
-            height, width = sizes[small[0]]
-            raise FullresError(
-                f"{pairs[small[0]].target}: {height} × {width} pixels is smaller than a crop of "
-                f"{largest}; remove it or train on smaller crops"
-            )
+        alike = any(pair.target_key for pair in pairs)
+        areas = np.array([1 if alike else picture_pixels(pair.target) for pair in pairs])
+        self.ends = np.cumsum(areas / areas.sum())
 
     def __getitem__(self, place: Place) -> tuple[Tensor, Tensor]:
         recipe, (step, _) = self.recipe, place
         random = np.random.default_rng([recipe.seed, *place])
-        pair = self.pairs[random.choice(len(self.pairs), p=self.shares)]
+        index = int(np.searchsorted(self.ends, random.random()))
+        pair = self.pairs[min(index, len(self.pairs) - 1)]
         crop = recipe.stage(step).crop
-        views = [path for path in (pair.degraded, pair.right) if path is not None]
-        pictures = [self.pictures[path] for path in (*views, pair.target)]
-        scales = [1] * len(views) + [self.scale]
+        pictures, scales = self._pictures(pair)
         side = _side(crop, recipe.augment, random)
-        origin = [random.integers(n // self.scale - side + 1) for n in pictures[-1].shape[1:]]
-        turns, flip = int(random.integers(4)), random.random() < 0.5
-        if pair.right is not None:
-            turns = 0  # the views of a dual pixel differ along rows; turning would undo that
-            flip = False
+        lengths = [n // scales[0] for n in pictures[0].shape[1:]]
+        origin = [int(random.integers(max(n - side, 0) + 1)) for n in lengths]
+        turn = _turn(recipe.augment, pair.right is not None, random)
         crops = [
-            _cut(picture, [scale * n for n in origin], scale * side, turns, flip)
+            turn(_cut(picture, [scale * n for n in origin], scale * side))
             for picture, scale in zip(pictures, scales, strict=True)
         ]
         if side != crop:
@@ -113,10 +118,21 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
                 F.interpolate(x[None], size=2 * [crop * scale], mode="bicubic")[0].clamp(0, 1)
                 for x, scale in zip(crops, scales, strict=True)
             ]
+        crops = [with_channels(x, self.channels) for x in crops]
         *degraded, target = _recoloured(crops, recipe.augment, random)
         if self.degradation is not None:
             degraded = [self.degradation(target, random)]
         return torch.cat(degraded).contiguous(), target.contiguous()
+
+    def _pictures(self, pair: Pair) -> tuple[list[Stored], list[int]]:
+        """Degraded views, then the target; and the scale of each."""
+        pictures = []
+        if pair.degraded is not None:
+            pictures.append(self.pictures.get(pair.degraded, pair.degraded_key))
+        if pair.right is not None:
+            pictures.append(self.pictures.get(pair.right))
+        scales = [1] * len(pictures) + [self.scale]
+        return [*pictures, self.pictures.get(pair.target, pair.target_key)], scales
 
 
 class Steps(Sampler[list[Place]]):
@@ -164,14 +180,31 @@ def _side(crop: int, augment: Augment, random: np.random.Generator) -> int:
     return round(crop / random.uniform(1, 2)) if enlarged else crop
 
 
-def _cut(picture: Stored, origin: list[int], side: int, turns: int, flip: bool) -> Tensor:
-    """A crop, turned and flipped, float32 in [0, 1]."""
-    top, left = origin
-    crop = picture[:, top : top + side, left : left + side]
-    crop = np.rot90(crop, turns, (1, 2))
-    crop = crop[:, :, ::-1] if flip else crop
+def _cut(picture: Stored, origin: list[int], side: int) -> Tensor:
+    """A crop, float32 in [0, 1]; what lies beyond the picture is its reflection."""
+    rows, columns = (
+        _reflected(first, side, length)
+        for first, length in zip(origin, picture.shape[1:], strict=True)
+    )
+    crop = picture[:, rows][:, :, columns]
     peak = {np.dtype("u1"): 255, np.dtype("u2"): 65535}.get(picture.dtype, 1)
     return torch.from_numpy(crop.astype(np.float32) / np.float32(peak))
+
+
+def _reflected(first: int, side: int, length: int) -> slice | npt.NDArray[np.int64]:
+    if first + side <= length:
+        return slice(first, first + side)
+    turn = np.arange(first, first + side) % (2 * length)
+    return np.minimum(turn, 2 * length - 1 - turn)
+
+
+def _turn(augment: Augment, dual: bool, random: np.random.Generator) -> Callable[[Tensor], Tensor]:
+    """One of the eight ways to lay a square, or of those that the recipe and the views allow."""
+    turns = int(random.integers(4)) if augment.turn else 0
+    flip = random.random() < 0.5 and augment.flip
+    if dual:  # the two views differ along rows, left from right
+        return lambda x: x.flip(1) if flip else x
+    return lambda x: torch.rot90(x.flip(2) if flip else x, turns, (1, 2))
 
 
 def _recoloured(crops: list[Tensor], augment: Augment, random: np.random.Generator) -> list[Tensor]:

@@ -19,8 +19,8 @@ def psnr(restored: Tensor, target: Tensor) -> Tensor:
 
 def charbonnier(restored: Tensor, target: Tensor) -> Tensor:
     """Mean of sqrt(d² + 10⁻⁶) (MPRNet, equation 4)."""
-    distance: Tensor = ((restored - target).square() + 1e-6).sqrt()
-    return distance.mean()
+    loss: Tensor = ((restored - target).square() + 1e-6).sqrt().mean()
+    return loss
 
 
 def edge(restored: Tensor, target: Tensor) -> Tensor:

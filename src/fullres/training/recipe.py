@@ -50,8 +50,12 @@ class Stage(Table):
 
 
 class Augment(Table):
-    """Random changes of the crops beside quarter turns and flips."""
+    """Random changes of the crops."""
 
+    flip: bool = True
+    """Mirror half of the crops."""
+    turn: bool = True
+    """Turn the crops by 0, 1, 2 or 3 quarters."""
     zoom: Share = 0.0
     """Share of the crops that are enlarged, by 1 to 2, which makes for smoother pictures."""
     colour: Share = 0.0
@@ -73,6 +77,8 @@ class Schedule(Table):
     """How it falls: along a cosine to `final` at the last step, or by half again and again."""
     halve_every: int = Field(default=100_000, ge=1)
     """Steps between halvings."""
+    milestones: tuple[int, ...] = ()
+    """Steps at which it halves, instead."""
 
 
 class Optimiser(Table):
@@ -124,6 +130,8 @@ class Recipe(Table):
     compile: bool = False
     """Compile the network with `torch.compile`."""
     validate_every: int = Field(default=1000, ge=1)
+    validation_pictures: int | None = Field(default=20, ge=1)
+    """Most pictures to validate on, evenly spaced by name; all if not given."""
     validation_side: int | None = Field(default=None, ge=8)
     """Longest side of validation pictures in pixels, cut from the middle; whole if not given."""
     save_every: int = Field(default=250, ge=1)

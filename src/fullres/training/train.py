@@ -8,7 +8,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader
 
 from fullres.data.datasets import Pair, open_dataset
 from fullres.data.degrade import degrade_folder, picture_random
+from fullres.data.reading import read_picture, with_channels
 from fullres.errors import FullresError
-from fullres.io.image import open_image
 from fullres.local import Local, NothingToConvert, convert
 from fullres.memory import freed_memory_kept
 from fullres.networks.catalog import create_network, open_network
-from fullres.networks.spec import Network
+from fullres.networks.spec import Network, Spec
 from fullres.training.batches import Crops, Steps, hold_out
 from fullres.training.losses import weighted
 from fullres.training.recipe import Data, Recipe
@@ -74,8 +74,8 @@ def train(recipe: Recipe, run: str | Path) -> Path:
 def _train(fabric: Fabric, recipe: Recipe, run: Path, board: Any) -> Path:
     torch.manual_seed(recipe.seed)
     network = _network(recipe)
-    pairs, held_out = _pairs(recipe, run, fabric, network.spec.scale)
-    crops = Crops(recipe, pairs, network.spec.scale)
+    pairs, held_out = _pairs(recipe, run, fabric)
+    crops = Crops(recipe, pairs, network.spec)
     module = InTraining(network.module).train().to(memory_format=torch.channels_last)
     average = AveragedModel(network.module, use_buffers=True)
     average.to(fabric.device)
@@ -110,7 +110,7 @@ def _train(fabric: Fabric, recipe: Recipe, run: Path, board: Any) -> Path:
             if step % recipe.validate_every == 0 or step == recipe.steps:
                 fabric.barrier()
                 if fabric.is_global_zero:
-                    scores = validate(recipe, average.module, held_out)
+                    scores = validate(recipe, average.module, network.spec, held_out)
                     record(step, float(loss.detach()), scores)
                 fabric.barrier()
         _save(fabric, recipe, run, state, step)
@@ -140,6 +140,8 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     start = max(schedule.warmup, schedule.hold)
     if step < start:
         return schedule.peak
+    if schedule.milestones:
+        return float(schedule.peak * 0.5 ** sum(step >= stone for stone in schedule.milestones))
     if schedule.shape == "halving":
         return float(schedule.peak * 0.5 ** ((step - start) // schedule.halve_every))
     progress = (step - start) / max(recipe.steps - start, 1)
@@ -169,19 +171,14 @@ def _network(recipe: Recipe) -> Network:
     return network
 
 
-def _pairs(
-    recipe: Recipe, run: Path, fabric: Fabric, scale: int
-) -> tuple[list[Pair], list[tuple[Tensor, Tensor]]]:
-    """Pairs to train on, and degraded and target pictures to validate on."""
+def _pairs(recipe: Recipe, run: Path, fabric: Fabric) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on, and pairs to validate on."""
     training = _found(recipe, recipe.data, run / "degraded", fabric)
     if recipe.validation is None:
-        training, held_out = hold_out(recipe, training)
-    else:
-        held_out = _found(recipe, recipe.validation, run / "degraded-validation", fabric)
-    pictures = (
-        [read_pair(pair, recipe, scale) for pair in held_out] if fabric.is_global_zero else []
-    )
-    return training, pictures
+        return hold_out(recipe, training)
+    held_out = _found(recipe, recipe.validation, run / "degraded-validation", fabric)
+    every = max(len(held_out) // (recipe.validation_pictures or len(held_out)), 1)
+    return training, held_out[::every][: recipe.validation_pictures]
 
 
 def _found(recipe: Recipe, data: Data, folder: Path, fabric: Fabric) -> list[Pair]:
@@ -209,59 +206,62 @@ def _found(recipe: Recipe, data: Data, folder: Path, fabric: Fabric) -> list[Pai
     return list(open_dataset(folder, "pairs").pairs)
 
 
-def read_pair(pair: Pair, recipe: Recipe, scale: int) -> tuple[Tensor, Tensor]:
-    """Degraded and target picture, (1, C, H, W); degraded by the picture's name if need be."""
-    target = _read(pair.target)
-    if pair.degraded is None:
-        degradation = recipe.make_degradation()
-        assert degradation is not None
-        target = target[:, : target.shape[1] // scale * scale, : target.shape[2] // scale * scale]
-        degraded = degradation(target, picture_random(recipe.seed, pair.name))
-    else:
-        views = [path for path in (pair.degraded, pair.right) if path is not None]
-        degraded = torch.cat([_read(path) for path in views])
-    side = recipe.validation_side
-    if side:
-        degraded, target = _middle(degraded, side), _middle(target, side * scale)
-    return degraded[None], target[None]
-
-
-def _read(path: Path) -> Tensor:
-    with open_image(path) as source:
-        return source.read(0, 0, source.height, source.width)
-
-
-def _middle(x: Tensor, side: int) -> Tensor:
-    top, left = (max(length - side, 0) // 2 for length in x.shape[1:])
-    return x[:, top : top + side, left : left + side]
-
-
 @torch.inference_mode()
 def validate(
-    recipe: Recipe, network: nn.Module, pictures: list[tuple[Tensor, Tensor]]
+    recipe: Recipe, network: nn.Module, spec: Spec, pairs: Sequence[Pair]
 ) -> dict[str, float]:
     """Mean PSNR in dB on whole pictures, of the network as it is and converted to local.
 
     While global statistics are learned on crops, the second rises above the first.
     """
     network = network.eval()
-    scores = {"psnr_global": _mean_psnr(network, pictures)}
+    scores = {"psnr_global": _mean_psnr(recipe, network, spec, pairs)}
     try:
         with convert(network, Local(recipe.train_size)):
-            scores["psnr_local"] = _mean_psnr(network, pictures)
+            scores["psnr_local"] = _mean_psnr(recipe, network, spec, pairs)
     except NothingToConvert:
         pass
     return scores
 
 
-def _mean_psnr(network: nn.Module, pictures: list[tuple[Tensor, Tensor]]) -> float:
+def _mean_psnr(recipe: Recipe, network: nn.Module, spec: Spec, pairs: Sequence[Pair]) -> float:
     values = []
     device = next(network.parameters()).device
-    for degraded, target in pictures:
+    for pair in pairs:
+        degraded, target = read_pair(pair, recipe, spec)
         x = degraded.to(device).contiguous(memory_format=torch.channels_last)
         error = (network(x).float().cpu().clamp(0, 1) - target).square().mean()
         values.append(-10 * math.log10(max(float(error), 1e-10)))
     return sum(values) / len(values)
+
+
+def read_pair(pair: Pair, recipe: Recipe, spec: Spec) -> tuple[Tensor, Tensor]:
+    """Degraded and target picture, (1, C, H, W); degraded by the picture's name if need be."""
+    target = with_channels(read_picture(pair.target, pair.target_key), spec.out_channels)
+    if pair.degraded is None:
+        degradation = recipe.make_degradation()
+        assert degradation is not None
+        height, width = (side // spec.scale * spec.scale for side in target.shape[1:])
+        target = target[:, :height, :width]
+        degraded = degradation(target, picture_random(recipe.seed, pair.name))
+    else:
+        views = [read_picture(pair.degraded, pair.degraded_key)]
+        views += [read_picture(pair.right)] if pair.right else []
+        degraded = torch.cat([with_channels(view, spec.out_channels) for view in views])
+        # where a target is a little larger than its picture, it is so on both sides (RESIDE)
+        target = _middle(target, [spec.scale * side for side in degraded.shape[1:]])
+    if recipe.validation_side:
+        side = recipe.validation_side
+        degraded = _middle(degraded, [side, side])
+        target = _middle(target, [side * spec.scale] * 2)
+    return degraded[None], target[None]
+
+
+def _middle(x: Tensor, size: Sequence[int]) -> Tensor:
+    (height, top), (width, left) = (
+        (side, max(length - side, 0) // 2) for length, side in zip(x.shape[1:], size, strict=True)
+    )
+    return x[:, top : top + height, left : left + width]
 
 
 def _optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
