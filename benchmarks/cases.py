@@ -130,7 +130,7 @@ def form(case: str, kind: str, device: str = "cpu", dtype: str = "float32") -> I
     to the C library what becomes of freed memory, but for `plain kept`, which keeps it as ours do.
 
     Raises:
-        NotImplementedError: the papers have no local form of this network.
+        NoLocalForm: the papers have none of this network.
     """
     found = network(case)
     spec, kind_of = found.spec, getattr(torch, dtype)

@@ -1,9 +1,13 @@
-"""Reference outputs: `golden("nafnet")` is a network configuration with weights and outputs."""
+"""What tests of several parts share.
+
+`golden("nafnet")` is a reference: a network configuration with weights and outputs.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import threading
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
@@ -24,7 +28,9 @@ class Golden:
     parameters: dict[str, tuple[int, ...]]
     """Names and shapes in state-dict order."""
     state: dict[str, Tensor]
-    """Weights by name, float64; fixed buffers are left out."""
+    """Weights by name, float64."""
+    fixed: dict[str, tuple[int, ...]]
+    """Names and shapes of buffers that checkpoints have beside the parameters."""
     input: Tensor
     """float64."""
     outputs: list[Tensor]
@@ -39,7 +45,7 @@ def golden() -> Callable[[str], Golden]:
         if not (GOLDEN / f"{name}.json").exists():
             pytest.skip(f"no reference outputs at {GOLDEN}")
         case = json.loads((GOLDEN / f"{name}.json").read_text())
-        fixed = {name for name, _ in case["fixed_buffers"]}
+        fixed = {name: tuple(shape) for name, shape in case["fixed_buffers"]}
         parameters = {name: tuple(shape) for name, shape in case["parameters"]}
         weights = {n: _weight(n, shape) for n, shape in parameters.items() if n not in fixed}
         with np.load(GOLDEN / f"{name}.npz") as arrays:
@@ -48,6 +54,7 @@ def golden() -> Callable[[str], Golden]:
             config=case["config"],
             parameters=parameters,
             state=weights,
+            fixed=fixed,
             input=_input(**case["input"]),
             outputs=[output.double() for output in outputs],
         )
@@ -71,3 +78,37 @@ def _input(seed_string: str, shape: list[int]) -> Tensor:
     x = np.random.default_rng(zlib.crc32(seed_string.encode())).random(shape)
     ramp = np.linspace(0.05, 1.0, shape[-1])[None, :] * np.linspace(1.0, 0.4, shape[-2])[:, None]
     return torch.from_numpy(x * ramp)
+
+
+@pytest.fixture(scope="session")
+def multiply_adds() -> Callable[[nn.Module, Tensor], int]:
+    """Multiply-adds of a network's convolutions for a picture, as papers count them."""
+
+    def of(network: nn.Module, picture: Tensor) -> int:
+        counts = []
+
+        def count(layer: nn.Module, _: object, output: Tensor) -> None:
+            # papers take a transposed convolution for a convolution at its output's size
+            counts.append(output.numel() * layer.in_channels * layer.weight[0, 0].numel())
+
+        for layer in network.modules():
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                layer.register_forward_hook(count)
+        network(picture)
+        return sum(counts)
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def in_threads() -> Callable[[Callable[[int], None]], None]:
+    """Runs `work(0)` to `work(3)` at the same time."""
+
+    def run(work: Callable[[int], None]) -> None:
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    return run

@@ -112,9 +112,9 @@ def test_plain_local_forms_compute_what_conversion_computes(small, name):
 
 @pytest.mark.parametrize("name", sorted(NO_LOCAL_FORM))
 def test_what_the_paper_has_no_local_form_of_is_refused(small, name):
-    from plain import plain_local
+    from plain import NoLocalForm, plain_local
 
-    with pytest.raises(NotImplementedError, match="no local form"):
+    with pytest.raises(NoLocalForm, match="no local form"):
         plain_local(small(name), LOCAL)
 
 

@@ -1,4 +1,4 @@
-"""The code in the README and the documentation runs, and prints what the page says it prints."""
+"""The code in the README and the documentation runs and prints what it says; links lead on."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 FILE = re.compile(r"# (\w+\.py)\n")
+CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^()\s]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+LINKED = sorted(
+    page
+    for folder in (ROOT, ROOT / "docs", ROOT / "benchmarks", ROOT / "src/fullres/weights")
+    for page in folder.glob("*.md")
+)
 
 
 class MyNetwork(nn.Sequential):
@@ -63,3 +71,39 @@ def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     pages = {page.name for page in PAGES[1:]} - {"index.md"}
     assert pages <= set(re.findall(r"\]\(([\w-]+\.md)\)", index))
+
+
+def prose(page: Path) -> str:
+    return CODE.sub("", page.read_text(encoding="utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    """What links to headings of a page end in."""
+    found = HEADING.findall(page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in found}
+
+
+def dead_links(page: Path) -> list[str]:
+    """Links of a page to files or headings that are not there."""
+    dead = []
+    for link in LINK.findall(prose(page)):
+        path, _, anchor = link.partition("#")
+        there = page.parent / path if path else page
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        if not there.exists() or (anchor and anchor not in anchors(there)):
+            dead.append(link)
+    return dead
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    assert dead_links(page) == []
+
+
+def test_the_test_of_links_sees_dead_ones(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A b\n[1](page.md) [2](#a-b) [3](no.md) [4](page.md#c) `[5](x)` [6](https://x)"
+    )
+    assert dead_links(page) == ["no.md", "page.md#c"]

@@ -21,9 +21,9 @@ from torch import nn
 
 from fullres.local import Local
 from fullres.networks.spec import Network
-from plain.local import local_forms
+from plain.local import NoLocalForm, local_forms
 
-__all__ = ["plain", "plain_local"]
+__all__ = ["NoLocalForm", "plain", "plain_local"]
 
 
 def plain(network: Network) -> nn.Module:
@@ -41,7 +41,7 @@ def plain_local(network: Network, local: Local) -> nn.Module:
     """The plain form, its global operations made local as the paper makes them.
 
     Raises:
-        NotImplementedError: the paper has no local form of an operation.
+        NoLocalForm: the paper has none of an operation.
     """
     module = plain(network)
     for part, forward, window in local_forms(network, module, local):

@@ -17,19 +17,23 @@ from plain.restormer import attended
 Window = tuple[int, int]
 
 
+class NoLocalForm(LookupError):  # noqa: N818 - a finding more than a fault
+    """The paper makes no such operation local."""
+
+
 def local_forms(
     network: Network, module: nn.Module, local: Local
 ) -> Iterator[tuple[nn.Module, Callable, Window]]:
     """Parts of `module`, the network's plain form, that become local: how, and their windows.
 
     Raises:
-        NotImplementedError: the paper has no local form of an operation.
+        NoLocalForm: the paper has none of an operation.
     """
     for operation in plan(network.module, local).converted:
         part = module.get_submodule(operation.name)
         forms = [form for kind, form in FORMS.items() if isinstance(part, kind)]
         if not forms or len(operation.windows) != 1:
-            raise NotImplementedError(f"{operation.label} has no local form in the paper")
+            raise NoLocalForm(f"{operation.label} has no local form in the paper")
         yield part, forms[0], operation.windows[0]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
@@ -70,12 +69,7 @@ class Display:
         self.bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
     def begin(self, batch: Batch, waiting: int) -> None:
@@ -111,10 +105,9 @@ class Display:
             if not self.alone:
                 print(f"error: {outcome.error}", file=sys.stderr)  # noqa: T201
         else:
-            job, megapixels = outcome.job, outcome.pixels / 1e6
-            facts = f"{megapixels:.1f} MP in {duration(outcome.seconds)}"
+            facts = f"{outcome.pixels / 1e6:.1f} MP in {duration(outcome.seconds)}"
             left = f", {self._left()}" if self.ended < self.files else ""
-            self._line(f"{self._count()}{job.source} → {job.target}  {facts}{left}")
+            self._line(f"{self._count()}{outcome.summary}  {facts}{left}")
         self._update()
 
     def summarise(self, report: Report) -> None:

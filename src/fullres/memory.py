@@ -175,7 +175,8 @@ def peak_memory(
         with quiet():
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             return _measured(forward, shape, dtype, device, mode)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError):
+        # tensors without values fail in any of these ways; a true fault the real pass raises again
         height, width = (min(side, 256) for side in shape[-2:])
         small = _measured(forward, (*shape[:-2], height, width), dtype, device, None)
         return small * shape[-2] * shape[-1] // (height * width)

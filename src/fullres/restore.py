@@ -16,39 +16,22 @@ from torch import Tensor
 
 from fullres import batch
 from fullres.batch import Job, Paths, Progress, Report, Silent
+from fullres.budget import leaves_room, tiles_for_memory
 from fullres.errors import FullresError
 from fullres.feed import Feed, Given, open_feed
 from fullres.io.comparison import write_comparison
 from fullres.local import Local, NothingToConvert, convert, plan
 from fullres.memory import (
-    free_memory,
     freed_memory_kept,
     freed_memory_returned,
     peak_memory,
-    return_freed_memory,
     use_huge_pages,
 )
 from fullres.networks.catalog import open_network
 from fullres.networks.spec import Network, Spec
-from fullres.tiles import (
-    Grid,
-    Tile,
-    choose_tiles,
-    halo_for,
-    is_out_of_memory,
-    largest_run,
-    paste,
-    run_tiles,
-)
+from fullres.tiles import Grid, Tile, halo_for, is_out_of_memory, paste, run_tiles
 
 log = logging.getLogger(__name__)
-
-MEMORY_SHARE = 0.5
-"""Share of the free memory that a pass is planned to take."""
-KEPT = 2
-"""Memory that a pass takes over that of its tensors, where freed memory is kept for the next."""
-KEPT_PAYS = 1.4
-"""Pixels run in the smaller tiles that leave room for keeping memory, over those without."""
 
 DTYPES = {
     "auto": torch.float32,
@@ -288,7 +271,7 @@ def restore_picture(
         progress.picture(job, height * width)
         with feed.create(job.target, bits, quality) as sink:
             grid, tiles = plan_picture(feed, restorer)
-            keeps = restorer.tile is not None or _leaves_room(tiles, restorer)
+            keeps = restorer.tile is not None or leaves_room(tiles, restorer.peak, restorer.device)
 
             def run(tile: Tile) -> None:
                 rows, columns = tile.rows, tile.columns
@@ -309,35 +292,10 @@ def plan_picture(feed: Feed, restorer: Restorer) -> tuple[Grid, list[Tile]]:
         tiles = grid.tiles((restorer.tile, restorer.tile))
     else:
         with _naming(feed.source.path):
-            tiles = _tiles_for_memory(grid, restorer)
+            tiles = tiles_for_memory(grid, restorer.peak, restorer.device)
     if len(tiles) > 1 and restorer.has_global:
         restorer.say_once("large pictures run in tiles: global operations see one tile at a time")
     return grid, tiles
-
-
-def _tiles_for_memory(grid: Grid, restorer: Restorer) -> list[Tile]:
-    free = free_memory(restorer.device)
-    if KEPT * restorer.peak(*grid.size) > MEMORY_SHARE * free:
-        return_freed_memory()  # that the last picture left
-        free = free_memory(restorer.device)
-    budget = int(MEMORY_SHARE * free)
-    tiles = choose_tiles(grid, restorer.peak, budget, free)
-    if restorer.device.type != "cpu":
-        return tiles
-    smaller = choose_tiles(grid, restorer.peak, budget // KEPT, free)
-    return smaller if _pixels_run(smaller) <= KEPT_PAYS * _pixels_run(tiles) else tiles
-
-
-def _pixels_run(tiles: list[Tile]) -> int:
-    """Pixels of all passes, halos included."""
-    return sum(tile.run_pixels for tile in tiles)
-
-
-def _leaves_room(tiles: list[Tile], restorer: Restorer) -> bool:
-    """Whether the largest pass may keep freed memory."""
-    largest = largest_run(tiles)
-    needed = KEPT * restorer.peak(largest.rows.run, largest.columns.run)
-    return needed <= MEMORY_SHARE * free_memory(restorer.device)
 
 
 def restore_tensor(x: Tensor, restorer: Restorer, path: Path) -> Tensor:

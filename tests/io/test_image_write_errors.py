@@ -126,7 +126,7 @@ def test_unwritable_folder(tmp_path, noise, save, copy, fails):
 
 
 @pytest.mark.parametrize("huge", [False, True])
-@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg", ".webp"])
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg", ".webp", ".bmp"])
 def test_file_size_limit_stands_for_a_full_disc(
     tmp_path, monkeypatch, noise, save, names, fails, suffix, huge
 ):
@@ -161,7 +161,7 @@ def test_full_disc(tmp_path, monkeypatch, noise, save, names, copy, fails, huge)
     if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("cannot mount a small file system")
     try:
-        for suffix in (".png", ".tif", ".jpg", ".webp", ".avif"):
+        for suffix in (".png", ".tif", ".jpg", ".webp", ".avif", ".bmp"):
             target = disc / f"out{suffix}"
             write = functools.partial(copy, path, target)
             assert ".part" not in fails(write, target, "No space left", "--output")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import threading
 
 import pytest
 import torch
@@ -279,7 +278,7 @@ def test_several_calls_with_different_sizes_keep_a_window_each():
 
 
 @torch.no_grad()
-def test_it_is_reentrant():
+def test_it_is_reentrant(in_threads):
     net = TwoSizes()
     pictures = [picture(40 + 8 * k, 64) for k in range(4)]
     convert(net, Local(train_size=16))
@@ -290,11 +289,7 @@ def test_it_is_reentrant():
         results = [net(pictures[k]) for _ in range(10)]
         wrong.extend(r for r in results if not all(map(torch.equal, r, alone[k])))
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert not wrong
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 
 import pytest
 import torch
@@ -190,7 +189,7 @@ def test_modules_and_calls_of_several_levels_do_not_meet():
 
 
 @torch.no_grad()
-def test_it_is_reentrant():
+def test_it_is_reentrant(in_threads):
     net = Deep()
     convert(net, Local(TRAIN))
     pictures = [torch.rand(1, 3, 40 + 4 * k, 48) for k in range(4)]
@@ -200,11 +199,7 @@ def test_it_is_reentrant():
     def work(k):
         wrong.extend(k for _ in range(10) if not torch.equal(net(pictures[k]), alone[k]))
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert not wrong
 
 

@@ -230,6 +230,7 @@ def test_channels_last_is_kept_and_changes_nothing(case, local):
         return
     output = network.module(x.contiguous(memory_format=torch.channels_last))
     assert_close(output, expected)
+    torch.testing.assert_close(output, expected)
     if network.spec.out_channels > 1:
         assert output.is_contiguous(memory_format=torch.channels_last)
 
@@ -245,6 +246,24 @@ def test_lower_precision_is_as_good_as_its_rounding(case, local):
         output = network.module.to(dtype)(x.to(dtype))
         assert output.dtype == dtype
         assert_close(output.double(), exact, tolerance)
+
+
+@cases()
+def test_trains_in_mixed_precision(case):
+    """Gradients in bfloat16 point where those of float32 do."""
+    network = made(case)
+    x = picture(network.spec, 24, 32)
+    found = []
+    for mixed in (False, True):
+        network.module.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            outputs = getattr(network.module, "outputs", network.module)(x)
+        outputs = outputs if isinstance(outputs, tuple | list) else [outputs]
+        torch.stack([y.float().square().mean() for y in outputs]).sum().backward()
+        gradients = [p.grad for p in network.module.parameters() if p.grad is not None]
+        found.append(torch.cat([g.flatten() for g in gradients]))
+    assert found[1].isfinite().all()
+    assert torch.cosine_similarity(*found, dim=0) > 0.99
 
 
 @cases(first_only=True)
@@ -329,12 +348,13 @@ def test_checkpoints_are_told_apart(name):
     with torch.device("meta"):
         for options in ({}, *options_of(name)):
             state = create_network(name, **options).module.state_dict()
-            claims = [
-                architecture.name
-                for architecture in networks().values()
-                if architecture.hyperparameters(architecture.adapt(state)) is not None
-            ]
-            assert claims == [name]
+            for read in (lambda a, s: a.adapt(s), lambda _, s: s):  # as opened, and as it is
+                claims = [
+                    architecture.name
+                    for architecture in networks().values()
+                    if architecture.hyperparameters(read(architecture, state)) is not None
+                ]
+                assert claims == [name]
 
 
 # Whole pictures -------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fullres.local import Local, convert
+from fullres.local import Local, convert, plan
 from fullres.networks.catalog import create_network, open_network
 from fullres.networks.ffanet import ARCHITECTURE, FFANet
 
@@ -18,44 +18,17 @@ def small() -> FFANet:
     return FFANet(**SMALL).eval()
 
 
-def reference(case, dtype):
-    config = {name: case.config[name] for name in ("gps", "blocks")}
-    module = create_network("ffanet", **config).module.to(dtype)
-    module.load_state_dict(case.state)
-    return module
-
-
-@pytest.mark.parametrize("name", ["ffanet", "ffanet_local"])
-def test_reference_output_in_float64(golden, name):
-    case = golden(name)
-    module = reference(case, torch.float64)
-    if "window" in case.config:
-        local = Local(tuple(case.config["calibration"]), tuple(case.config["window"]))
-        conversion = convert(module, local)
-        assert (len(conversion.converted), len(conversion.kept)) == (7, 0)
-    with torch.no_grad():
-        output = module(case.input)
-    assert (output - case.outputs[0]).abs().max() < 1e-6
-
-
-def test_reference_output_in_float32(golden):
-    case = golden("ffanet")
-    with torch.no_grad():
-        output = reference(case, torch.float32)(case.input.float())
-    assert (output - case.outputs[0]).abs().max() < 1e-4 * case.outputs[0].abs().max()
-
-
-def test_names_and_shapes_are_those_of_published_checkpoints(golden):
-    case = golden("ffanet")
-    state = reference(case, torch.float32).state_dict()
-    assert {name: tuple(value.shape) for name, value in state.items()} == case.parameters
-    assert list(state) == list(case.parameters)
-
-
 def test_published_size():
     with torch.device("meta"):
         network = FFANet()
     assert sum(p.numel() for p in network.parameters()) == 4_455_913
+
+
+def test_every_attention_becomes_local():
+    with torch.device("meta"):
+        network = FFANet(gps=3, blocks=2)
+    planned = plan(network, Local(256))
+    assert (len(planned.converted), len(planned.kept)) == (7, 0)
 
 
 @settings(deadline=None, max_examples=30)

@@ -15,7 +15,7 @@ from torch import nn
 from fullres import Local, convert, plan
 from fullres.errors import ConversionError, NetworkError
 from fullres.networks import grl_attention
-from fullres.networks.catalog import create_network, networks, open_network
+from fullres.networks.catalog import create_network, open_network
 from fullres.networks.grl import ARCHITECTURE, GRL
 from fullres.networks.grl_attention import AnchorProjection, relative_positions
 from fullres.networks.grl_checkpoint import TASKS, published, published_as
@@ -67,24 +67,7 @@ def fractions() -> GRL:
     return randomised(GRL(**{**SMALL, **FRACTIONS, "local_connection": True}))
 
 
-# Reference --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float32, 2e-4)])
-def test_reference_output(golden, dtype, tolerance):
-    case = golden("grl_sr_x4")
-    network = create_network("grl", **case.config).module.to(dtype)
-    network.load_state_dict(case.state)
-    with torch.no_grad():
-        output = network(case.input.to(dtype))
-    assert (output - case.outputs[0]).abs().max() < tolerance
-
-
-def test_names_and_shapes_are_those_of_published_checkpoints(golden):
-    case = golden("grl_sr_x4")
-    state = create_network("grl", **case.config).module.state_dict()
-    assert {n: tuple(value.shape) for n, value in state.items()} == case.parameters
-    assert list(state) == list(case.parameters)
+# As published -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -284,15 +267,6 @@ def test_tasks_are_told_by_their_windows(task):
     spec = create_network("grl", **options, **heads, **published(task, base=True)).spec
     assert spec.task == task
     assert spec.task in ARCHITECTURE.tasks
-
-
-@pytest.mark.parametrize("name", sorted(set(networks()) - {"grl"}))
-def test_checkpoints_of_other_architectures_are_told_apart(name):
-    with torch.device("meta"):
-        ours = GRL(**SMALL).state_dict()
-        theirs = create_network(name).module.state_dict()
-    assert networks()[name].hyperparameters(ours) is None
-    assert ARCHITECTURE.hyperparameters(theirs) is None
 
 
 @pytest.mark.parametrize(
@@ -514,6 +488,7 @@ def test_tables_of_an_inference_pass_serve_training(small):
     with torch.inference_mode():
         small(torch.rand(1, 3, 9, 10))
     small(torch.rand(1, 3, 9, 10)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in small.parameters())
 
 
 def test_tables_of_a_fake_pass_do_not_last(small):

@@ -12,7 +12,7 @@ import numpy as np
 import pyvips
 
 from fullres.errors import ImageError
-from fullres.io import colour, metadata, tiff, vips
+from fullres.io import bmp, colour, metadata, tiff, vips
 
 _BIGTIFF_FROM = 2**32 - 2**26  # bytes of pixels; deflate may add a little to what it cannot shrink
 
@@ -28,8 +28,12 @@ class Format:
     """Pixels of the longest side."""
     alpha: bool = True
     grey: bool = True
+    grey_with_alpha: bool = True
     cmyk: bool = False
     orientation: bool = True
+
+    def holds_grey(self, with_alpha: bool) -> bool:
+        return self.grey and (self.grey_with_alpha or not with_alpha)
 
 
 FORMATS = (
@@ -39,6 +43,7 @@ FORMATS = (
     Format("WebP", (".webp",), (8,), 16383, grey=False),
     Format("AVIF", (".avif",), (8,), 16384, grey=False, orientation=False),
     Format("HEIF", (".heic", ".heif"), (8,), 16384, grey=False, orientation=False),
+    Format("BMP", (".bmp",), (8,), 2**31 - 1, grey_with_alpha=False, orientation=False),
 )
 _CODECS = {"AVIF": "av1", "HEIF": "hevc"}
 
@@ -104,11 +109,17 @@ def plan(
             f"{target}: {chosen.name} holds at most {chosen.longest} pixels a side and this "
             f"picture has {height} × {width}; write a .png or .tif"
         )
+    channels = 1 if origin.kind is colour.Kind.GREY and not coloured else 3
+    bands = (channels if chosen.holds_grey(origin.has_alpha) else 3) + origin.has_alpha
+    if chosen.name == "BMP" and bmp.file_size(height, width, bands) > bmp.LARGEST:
+        raise ImageError(
+            f"{target}: BMP holds at most 4 GiB and this picture has {height} × {width} pixels; "
+            "write a .png or .tif"
+        )
     if chosen.name in _CODECS and not _can_encode(_CODECS[chosen.name]):
         raise ImageError(
             f"{target}: this build of libvips cannot write {chosen.name}; write a .png or .tif"
         )
-    channels = 1 if origin.kind is colour.Kind.GREY and not coloured else 3
     cmyk = origin.kind is colour.Kind.CMYK and chosen.cmyk and scale.bits != 32
     return Plan(target, chosen, factor, height, width, channels, scale, quality, cmyk)
 
@@ -154,7 +165,7 @@ def compose(origin: Origin, plan: Plan, pixels: np.ndarray[Any, Any]) -> Any:
     deep = plan.canvas.bits == 16
     if plan.channels == 1:
         image = vips.from_array(pixels, "grey16" if deep else "b-w")
-        if not plan.format.grey:
+        if not plan.format.holds_grey(origin.has_alpha):
             image = colour.grey_to_srgb(image, profile, plan.scale.bits)
             profile = profile and vips.builtin_profile("srgb")
     else:
@@ -182,6 +193,8 @@ def save(origin: Origin, plan: Plan, image: Any, path: Path) -> None:
         image.pngsave(name, compression=6, filter="all", bitdepth=plan.scale.bits)
     elif plan.format.name == "TIFF":
         _save_tiff(origin, image, path, plan.factor)
+    elif plan.format.name == "BMP":
+        bmp.save(image, path)
     elif plan.format.name == "WebP":
         lossy = {"Q": plan.quality, "smart_subsample": True}
         image.webpsave(name, **({"lossless": True, "exact": True} if origin.lossless else lossy))

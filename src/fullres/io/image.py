@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fullres.errors import ImageError
-from fullres.io import colour, metadata, vips
+from fullres.io import bmp, colour, metadata, vips
 from fullres.io.encode import Origin, plan
 from fullres.io.probe import SUFFIXES, SUPPORTED, Probe, probe
 from fullres.io.sink import Sink
@@ -39,9 +38,9 @@ _CUT_SHORT = re.compile(
 def open_image(path: str | os.PathLike[str]) -> Source:
     """Open and decode a picture.
 
-    JPEG, PNG, TIFF, WebP, AVIF and, where libvips was built so, HEIF; 8 or 16 bit or float; grey
-    or colour, CMYK included; with or without alpha. Pixels are kept in the order in which they are
-    stored, so that the orientation tag still applies to the output.
+    JPEG, PNG, TIFF, WebP, AVIF, BMP and, where libvips was built so, HEIF; 8 or 16 bit or float;
+    grey or colour, CMYK included; with or without alpha. Pixels are kept in the order in which they
+    are stored, so that the orientation tag still applies to the output.
 
     Raises:
         ImageError: missing, unreadable, empty, damaged, truncated or unsupported, or holding more
@@ -69,12 +68,7 @@ class Source:
     def __enter__(self) -> Source:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -175,6 +169,8 @@ class Source:
 
 
 def _load(path: Path, found: Probe) -> Any:
+    if found.bmp is not None:
+        return bmp.load(path, found.bmp)
     loader = getattr(pyvips.Image, _LOADERS[found.format])
     return loader(os.fsencode(path), access="sequential", fail_on="error")
 

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fullres.errors import ImageError
-from fullres.io import tiff
+from fullres.io import bmp, tiff
 
-SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".webp", ".avif", ".heic", ".heif")
-)
+# fmt: off
+SUFFIXES = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".webp", ".avif", ".heic", ".heif",
+    ".bmp",
+))
+# fmt: on
 """Suffixes of the pictures that `open_image` reads, in lower case."""
 
-SUPPORTED = "JPEG, PNG, TIFF, WebP, AVIF and HEIF"
+SUPPORTED = "JPEG, PNG, TIFF, WebP, AVIF, HEIF and BMP"
 _LOSSLESS_TIFF = {1: "none", 5: "lzw", 8: "deflate", 32773: "packbits", 32946: "deflate"}
 _LOSSLESS_TIFF |= {50000: "zstd"}
-_OTHERS = {b"GIF8": "a GIF", b"BM": "a BMP", b"8BPS": "a Photoshop file", b"%PDF": "a PDF"}
+_OTHERS = {b"GIF8": "a GIF", b"8BPS": "a Photoshop file", b"%PDF": "a PDF"}
 _OTHERS |= {b"\0\0\0\x0cjP": "a JPEG 2000", b"\0\0\0\x0cJXL": "a JPEG XL", b"\xff\x0a": "a JPEG XL"}
 
 
@@ -28,7 +31,7 @@ class Probe:
     """The format of a file and what libvips would not tell about it."""
 
     format: str
-    """JPEG, PNG, TIFF, WebP or HEIF (AVIF included)."""
+    """JPEG, PNG, TIFF, WebP, HEIF (AVIF included) or BMP."""
     lossless: bool
     """Whether the pixels are stored without loss."""
     frames: int
@@ -36,6 +39,7 @@ class Probe:
     compression: str | None
     """libvips' name of a TIFF's compression, None if lossy or not a TIFF."""
     tiff: tiff.Description | None
+    bmp: bmp.Bitmap | None = None
 
 
 def probe(path: Path) -> Probe:
@@ -70,6 +74,8 @@ def _probe(path: Path, file: BinaryIO) -> Probe:
         raise ImageError(f"{path}: {reason}; fullres reads {SUPPORTED}, convert it to one of these")
     if name == "TIFF":
         return _probe_tiff(path, file)
+    if name == "BMP":
+        return Probe(name, True, 1, None, None, bmp.describe(path, file))
     try:
         frames = _png_frames(file) if name == "PNG" else 1
         lossless = name == "PNG" or (name == "WebP" and _webp_is_lossless(file))
@@ -90,7 +96,7 @@ def _format(head: bytes) -> str | None:
     brands = {head[i : i + 4] for i in range(8, len(head), 4)}
     if head[4:8] == b"ftyp" and brands & {b"avif", b"heic", b"heix", b"mif1", b"msf1", b"avis"}:
         return "HEIF"
-    return None
+    return "BMP" if head.startswith(b"BM") else None
 
 
 def _probe_tiff(path: Path, file: BinaryIO) -> Probe:

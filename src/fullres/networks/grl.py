@@ -40,6 +40,7 @@ from fullres.networks.grl_checkpoint import (
     spec_of,
     without_tables,
 )
+from fullres.networks.grl_checks import check_sizes, check_stages, check_windows
 from fullres.networks.spec import Architecture
 
 Conv = Literal["1conv", "3conv", "1conv1x1", "linear"]
@@ -229,9 +230,9 @@ class GRL(nn.Module):
         super().__init__()
         out = in_channels if out_channels is None else out_channels
         down, hidden = anchor_window_down_factor, int(embed_dim * mlp_ratio)
-        _check_sizes(in_channels, out, embed_dim, img_range, img_size, hidden)
-        _check_stages(embed_dim, depths, num_heads_window, num_heads_stripe)
-        _check_windows(window_size, stripe_size, stripe_groups, down)
+        check_sizes(in_channels, out, embed_dim, img_range, img_size, hidden)
+        check_stages(embed_dim, depths, num_heads_window, num_heads_stripe)
+        check_windows(window_size, stripe_size, stripe_groups, down)
         if local_connection and embed_dim < 18:
             raise ValueError("embed_dim must be at least 18 for channel attention")
 
@@ -338,51 +339,6 @@ def _factors(upsampler: Upsampler, upscale: int) -> tuple[int, ...]:
     if not fits[upsampler]:
         raise ValueError(f"upscale cannot be {upscale} with the upsampler {upsampler!r}")
     return (2,) * halvings if upsampler == "pixelshuffle" and power else (upscale,)
-
-
-def _check_sizes(
-    channels: int, out: int, dim: int, img_range: float, img_size: int, hidden: int
-) -> None:
-    if min(channels, out, img_size) < 1:
-        raise ValueError("in_channels, out_channels and img_size must be positive")
-    if dim < 4 or hidden < 1:
-        raise ValueError("embed_dim must be at least 4, and mlp_ratio leave a channel or more")
-    if not 0 < img_range < float("inf"):
-        raise ValueError("img_range must be positive")
-
-
-def _check_stages(
-    dim: int, depths: Sequence[int], window: Sequence[int], stripe: Sequence[int]
-) -> None:
-    if not 1 <= len(depths) == len(window) == len(stripe):
-        raise ValueError(
-            "depths, num_heads_window and num_heads_stripe must have the same number of stages, "
-            f"at least 1, not {len(depths)}, {len(window)} and {len(stripe)}"
-        )
-    if min(*depths, *window, *stripe) < 1:
-        raise ValueError("depths, num_heads_window and num_heads_stripe must be positive")
-    if dim % 2 or any(dim // 2 % heads for heads in (*window, *stripe)):
-        raise ValueError(
-            "embed_dim must be even, and half of it divide into num_heads_window and into "
-            "num_heads_stripe"
-        )
-
-
-def _check_windows(
-    window: int, sizes: Sequence[int | None], groups: Sequence[int | None], down: int
-) -> None:
-    if window < 1 or down < 1:
-        raise ValueError("window_size and anchor_window_down_factor must be positive")
-    if len(sizes) != 2 or len(groups) != 2:
-        raise ValueError("stripe_size and stripe_groups must each have a height and a width")
-    for size, group in zip(sizes, groups, strict=True):
-        if group is None and (size is None or size < 1 or size % down):
-            raise ValueError(
-                "stripe_size must be a multiple of anchor_window_down_factor along an axis without "
-                f"stripe_groups, not {size} of {down}"
-            )
-        if group is not None and group < 1:
-            raise ValueError("stripe_groups must be positive")
 
 
 ARCHITECTURE = Architecture(

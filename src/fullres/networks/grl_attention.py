@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullres.errors import ConversionError
+from fullres.networks.layers import local_already, sharing
 from fullres.ops.stripes import anchored_attention, window_attention
 
 Size = tuple[int, int]
@@ -197,8 +197,7 @@ class GlobalStripeAttention(StripeAttention):
             feature_size: height and width of the map at the training size: stripes keep the
                 length that they have there.
         """
-        local = LocalStripeAttention.__new__(LocalStripeAttention)
-        vars(local).update(vars(self))
+        local = sharing(self, LocalStripeAttention)
         rows, columns = (
             replace(axis, length=axis.at(positions, self.down)[0])
             for axis, positions in zip(self.axes, feature_size, strict=True)
@@ -216,9 +215,7 @@ class LocalStripeAttention(StripeAttention):
         Raises:
             ConversionError: always.
         """
-        raise ConversionError(
-            f"a {type(self).__name__} is local already; revert that conversion first"
-        )
+        raise local_already(self)
 
 
 def stripe_attention(heads: int, axes: tuple[StripeAxis, StripeAxis], down: int) -> StripeAttention:

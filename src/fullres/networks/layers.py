@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fullres.errors import ConversionError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class LayerNorm2d(nn.Module):
@@ -46,3 +52,17 @@ def _reflected(length: int, wanted: int, device: torch.device) -> Tensor:
     period = max(2 * (length - 1), 1)
     position = torch.arange(wanted, device=device) % period
     return torch.minimum(position, period - position)
+
+
+def sharing(module: nn.Module, cls: type[M]) -> M:
+    """A module of a class that has the parameters, and all else, of `module`: nothing is copied."""
+    shared = cls.__new__(cls)
+    vars(shared).update(vars(module))
+    return shared
+
+
+def local_already(module: nn.Module) -> ConversionError:
+    """What the local form of a global operation raises when it is asked for its local form."""
+    return ConversionError(
+        f"a {type(module).__name__} is local already; revert that conversion first"
+    )

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullres.errors import ConversionError
+from fullres.networks.layers import local_already, sharing
 from fullres.networks.spec import Architecture, Spec, State, count
 from fullres.ops.pyramid import EPS, SCALES, pyramid_attention
 
@@ -80,8 +80,7 @@ class PyramidAttention(nn.Module):
         Args:
             window: height and width in positions of the map.
         """
-        local = LocalPyramidAttention.__new__(LocalPyramidAttention)
-        vars(local).update(vars(self))
+        local = sharing(self, LocalPyramidAttention)
         local.window = window
         return local
 
@@ -101,9 +100,7 @@ class LocalPyramidAttention(PyramidAttention):
         Raises:
             ConversionError: always.
         """
-        raise ConversionError(
-            f"a {type(self).__name__} is local already; revert that conversion first"
-        )
+        raise local_already(self)
 
     def extra_repr(self) -> str:
         return f"window={self.window[0]}×{self.window[1]}"

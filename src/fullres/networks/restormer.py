@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullres.errors import ConversionError
-from fullres.networks.layers import LayerNorm2d, pad_to_multiple
+from fullres.networks.layers import LayerNorm2d, local_already, pad_to_multiple, sharing
 from fullres.networks.spec import Architecture, Spec, State, count
 from fullres.ops.parts import in_parts
 from fullres.ops.windows import transposed_attention_in_parts
@@ -101,8 +100,7 @@ class TransposedAttention(nn.Module):
             stride: positions between windows, at most the window; down to (1, 1), every window.
                 By default as few windows as cover the map.
         """
-        local = LocalTransposedAttention.__new__(LocalTransposedAttention)
-        vars(local).update(vars(self))
+        local = sharing(self, LocalTransposedAttention)
         local.window, local.stride = window, stride
         return local
 
@@ -124,9 +122,7 @@ class LocalTransposedAttention(TransposedAttention):
         Raises:
             ConversionError: always.
         """
-        raise ConversionError(
-            f"a {type(self).__name__} is local already; revert that conversion first"
-        )
+        raise local_already(self)
 
     def extra_repr(self) -> str:
         return f"window={self.window[0]}×{self.window[1]}"

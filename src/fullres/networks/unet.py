@@ -191,7 +191,7 @@ def _hyperparameters(state: State) -> dict[str, Any] | None:
         return None
     attentions = [k for k, name in _ATTENTIONS.items() if f"{block}.attention.{name}" in state]
     norms = [k for k, name in _NORMS.items() if f"{block}.norm.{name}" in state]
-    found = {
+    found: dict[str, Any] = {
         "in_chn": first.shape[1],
         "width": first.shape[0],
         "depth": depth,

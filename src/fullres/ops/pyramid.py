@@ -247,22 +247,7 @@ def _attention(
     budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     levels = _levels(q, sizes, scales, window)
-    return pyramid_blocks.attend(q, k, factor, v, levels, budget)
-
-
-@_attention.register_kernel("cpu")
-def _attention_cpu(
-    q: Tensor,
-    k: Tensor,
-    factor: Tensor,
-    v: Tensor,
-    sizes: Sequence[int],
-    scales: Sequence[float],
-    window: Sequence[int],
-    budget: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    levels = _levels(q, sizes, scales, window)
-    if q.dtype != torch.float32:
+    if q.device.type != "cpu" or q.dtype != torch.float32:
         return pyramid_blocks.attend(q, k, factor, v, levels, budget)
     from fullres.ops import pyramid_cpu
 
@@ -271,14 +256,7 @@ def _attention_cpu(
 
 @_attention.register_fake
 def _attention_fake(
-    q: Tensor,
-    k: Tensor,
-    factor: Tensor,
-    v: Tensor,
-    sizes: Sequence[int],
-    scales: Sequence[float],
-    window: Sequence[int],
-    budget: int,
+    q: Tensor, k: Tensor, factor: Tensor, v: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, _, height, width = q.shape
     out = q.new_empty(batch, height, width, v.shape[2])
