@@ -31,7 +31,7 @@ def clean(tmp_path):
     return [("a", folder / "a.png"), ("b", folder / "b.jpg"), ("more/a", folder / "more/a.png")]
 
 
-@pytest.mark.parametrize("name", DEGRADATIONS)
+@pytest.mark.parametrize("name", sorted(DEGRADATIONS.keys() - {"one_of", "chain"}))
 def test_every_degradation_has_a_name_and_defaults(name):
     made = create_degradation(name)
     degraded = made(torch.rand(3, 24, 36), picture_random(0, "x"))
@@ -53,6 +53,27 @@ def test_written_as_on_the_command_line():
     ]:
         with pytest.raises(FullresError, match=words):
             parse_degradation(text)
+
+
+def test_mixtures_and_chains():
+    text = 'one_of of=[{"name":"noise","sigma":[0,0]},{"name":"haze"}]'
+    mixture = parse_degradation(text)
+    clean = torch.rand(3, 20, 20)
+    made = [mixture(clean, picture_random(seed, "x")) for seed in range(20)]
+    same = sum(torch.equal(x, clean) for x in made)
+    assert 0 < same < 20
+    assert mixture.needs_whole
+    chain = create_degradation(
+        "chain", of=[{"name": "bicubic", "scale": 2}, {"name": "noise", "sigma": [10, 10]}]
+    )
+    assert (chain.scale, chain.needs_whole) == (2, False)
+    small = create_degradation("bicubic", scale=2)(clean, picture_random(0, "x"))
+    noisy = Noise((10, 10))(small, picture_random(0, "x"))
+    assert torch.equal(chain(clean, picture_random(0, "x")), noisy)
+    with pytest.raises(FullresError, match="different scales"):
+        create_degradation("one_of", of=[{"name": "noise"}, {"name": "bicubic"}])
+    with pytest.raises(FullresError, match="needs a list"):
+        create_degradation("one_of", of=[])
 
 
 def test_folders_hold_pairs(clean, tmp_path):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,9 +20,6 @@ from fullres.data.blur import BLURS
 from fullres.data.degradations import DEGRADATIONS as OTHERS
 from fullres.errors import FullresError
 from fullres.io.image import open_image
-
-DEGRADATIONS: dict[str, type] = {**OTHERS, **BLURS}
-"""Every degradation by the name that recipes and `fullres degrade` use."""
 
 
 class Degradation(Protocol):
@@ -36,6 +35,56 @@ class Degradation(Protocol):
 
     def __call__(self, clean: Tensor, random: np.random.Generator) -> Tensor:
         """Degrade (C, H, W), float32 in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of several degradations, drawn for each picture."""
+
+    of: tuple[Degradation, ...]
+
+    def __post_init__(self) -> None:
+        if not self.of:
+            raise FullresError("one_of: needs a list of degradations, of=[...]")
+        if len({degradation.scale for degradation in self.of}) > 1:
+            raise FullresError("one_of: degradations of different scales cannot be mixed")
+
+    @property
+    def scale(self) -> int:
+        return self.of[0].scale
+
+    @property
+    def needs_whole(self) -> bool:
+        return any(degradation.needs_whole for degradation in self.of)
+
+    def __call__(self, clean: Tensor, random: np.random.Generator) -> Tensor:
+        """Degrade (C, H, W) in [0, 1]."""
+        return self.of[random.integers(len(self.of))](clean, random)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Several degradations, one after another."""
+
+    of: tuple[Degradation, ...]
+
+    @property
+    def scale(self) -> int:
+        return math.prod(degradation.scale for degradation in self.of)
+
+    @property
+    def needs_whole(self) -> bool:
+        return any(degradation.needs_whole for degradation in self.of)
+
+    def __call__(self, clean: Tensor, random: np.random.Generator) -> Tensor:
+        """Degrade (C, H, W) in [0, 1]."""
+        for degradation in self.of:
+            clean = degradation(clean, random)
+        return clean
+
+
+DEGRADATIONS: dict[str, type] = {**OTHERS, **BLURS, "one_of": OneOf, "chain": Chain}
+"""Every degradation by the name that recipes and `fullres degrade` use."""
 
 
 def create_degradation(name: str, **parameters: Any) -> Degradation:
@@ -58,8 +107,12 @@ def create_degradation(name: str, **parameters: Any) -> Degradation:
     for parameter, value in parameters.items():
         if isinstance(value, dict):  # one degradation within another has its name
             values[parameter] = create_degradation(parameter, **value)
+        elif isinstance(value, list):
+            values[parameter] = tuple(
+                create_degradation(**part) if isinstance(part, dict) else part for part in value
+            )
         else:
-            values[parameter] = tuple(value) if isinstance(value, list) else value
+            values[parameter] = value
     try:
         made: Degradation = kind(**values)
     except TypeError as error:

@@ -10,9 +10,6 @@ from pathlib import Path
 from fullres.errors import FullresError
 from fullres.io.probe import SUFFIXES
 
-PICTURES = SUFFIXES | {".bmp"}
-"""Suffixes of the pictures in data sets, in lower case; LIVE1 and classic5 come as BMP."""
-
 _ROLES = (
     "blurred|blurry|blur|noisy|noise|hazy|haze|norain|rainy|rain|degraded|input|lq|lr|"
     "target|sharp|clean|clear|gt|hq|hr|x[234568]"
@@ -108,7 +105,7 @@ def pictures(folder: Path, recursive: bool = False) -> list[Path]:
     kept = [
         path
         for path in found
-        if path.suffix.lower() in PICTURES
+        if path.suffix.lower() in SUFFIXES
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     ]
