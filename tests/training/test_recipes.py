@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from fullres.data.datasets import layouts
 from fullres.networks.catalog import create_network, networks
 from fullres.training.recipe import Recipe, read_recipe
+from fullres.training.train import learning_rate
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes"
@@ -27,9 +29,21 @@ NOT_TRAINED = {"rnn_mbp"}
 """Needs clips, which recipes have no settings for."""
 
 
+def falls(recipe: Recipe) -> list[int]:
+    """Steps at which the learning rate is lower than before, once it has warmed up."""
+    steps = range(recipe.schedule.warmup + 5000, recipe.steps, 5000)
+    return [step for step in steps if learning_rate(recipe, step) < learning_rate(recipe, step - 1)]
+
+
+def fall(recipe: Recipe) -> str:
+    """How the learning rate falls, in a word."""
+    if not recipe.schedule.milestones:
+        return "cosine"
+    return "halving" if falls(recipe) else "constant"
+
+
 def row(key: str, recipe: Recipe) -> str:
     """A recipe's line in the table of the documentation."""
-    held = recipe.schedule.hold >= recipe.steps
     losses = (name if w == 1 else f"{w:g} {name}" for name, w in recipe.losses.items())
     cells = (
         f"[{key.removesuffix('.toml')}](../recipes/{key})",
@@ -37,8 +51,7 @@ def row(key: str, recipe: Recipe) -> str:
         f"{recipe.steps:,}".replace(",", " "),
         ", ".join(str(stage.crop) for stage in recipe.stages),
         ", ".join(str(stage.batch) for stage in recipe.stages),
-        f"{recipe.optimiser.name}, {recipe.schedule.peak:g}, "
-        + ("constant" if held else recipe.schedule.shape),
+        f"{recipe.optimiser.name}, {recipe.schedule.peak:g}, {fall(recipe)}",
         " + ".join(losses),
     )
     return f"| {' | '.join(cells)} |"
@@ -116,18 +129,35 @@ def test_crops_grow_where_they_change():
     assert recipe.train_size == 384
 
 
-def test_the_rate_falls_where_the_options_say():
-    from fullres.training.train import learning_rate
+@pytest.mark.parametrize(
+    ("keys", "thousands"),
+    [
+        ("grl/denoising-*", (100, 150, 175, 200)),
+        ("grl/super-resolution-*", (100, 150, 175, 200)),
+        ("grl/jpeg-*", (50, 100, 125, 150)),
+        ("grl/defocus-*", (20, 40, 60, 70)),
+        ("grl/demosaicing-*", (400, 700, 850, 900, 950)),
+        ("grl/deblurring-*", ()),
+        ("panet/*", (200, 400, 600, 800)),
+        ("pa_edsr/*", (200, 400, 600, 800)),
+    ],
+)
+def test_the_rate_is_halved_where_the_options_say(keys, thousands):
+    chosen = fnmatch.filter(FILES, keys)
+    assert chosen
+    for key in chosen:
+        recipe = read_recipe(FILES[key])
+        assert falls(recipe) == [1000 * n for n in thousands]
+        last = recipe.schedule.peak / 2 ** len(thousands)
+        assert learning_rate(recipe, recipe.steps - 1) == pytest.approx(last)
 
-    recipe = read_recipe(FILES["grl/denoising-tiny.toml"])
-    falls = [
-        step
-        for step in range(5000, recipe.steps, 5000)
-        if learning_rate(recipe, step) < learning_rate(recipe, step - 1)
-    ]
-    assert falls == [100_000, 150_000, 200_000]
-    constant = read_recipe(FILES["grl/deblurring-base.toml"])
-    assert learning_rate(constant, 0) == learning_rate(constant, constant.steps - 1) == 1e-5
+
+def test_crops_are_turned_and_flipped_as_published():
+    changed = {key: read_recipe(path).augment for key, path in FILES.items() if "/" in key}
+    unturned = {key for key, augment in changed.items() if not augment.turn}
+    unflipped = {key for key, augment in changed.items() if not augment.flip}
+    assert unflipped == set(fnmatch.filter(FILES, "nafnet/sidd-*"))
+    assert unturned == unflipped | set(fnmatch.filter(FILES, "mprnet/*"))
 
 
 def test_the_table_of_the_documentation_tells_every_recipe():

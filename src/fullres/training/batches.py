@@ -201,10 +201,12 @@ def _reflected(first: int, side: int, length: int) -> slice | npt.NDArray[np.int
 def _turn(augment: Augment, dual: bool, random: np.random.Generator) -> Callable[[Tensor], Tensor]:
     """One of the eight ways to lay a square, or of those that the recipe and the views allow."""
     turns = int(random.integers(4)) if augment.turn else 0
-    flip = random.random() < 0.5 and augment.flip
+    axes = [2] if random.random() < 0.5 and augment.flip else []
     if dual:  # the two views differ along rows, left from right
-        return lambda x: x.flip(1) if flip else x
-    return lambda x: torch.rot90(x.flip(2) if flip else x, turns, (1, 2))
+        return lambda x: x.flip([1] if axes else [])
+    if not augment.turn and random.random() < 0.5 and augment.flip:
+        axes.append(1)
+    return lambda x: torch.rot90(x.flip(axes), turns, (1, 2))
 
 
 def _recoloured(crops: list[Tensor], augment: Augment, random: np.random.Generator) -> list[Tensor]:

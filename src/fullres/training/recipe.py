@@ -53,7 +53,8 @@ class Augment(Table):
     """Random changes of the crops."""
 
     flip: bool = True
-    """Mirror half of the crops."""
+    """Mirror half of the crops left to right, and, where they are not turned, half of them top to
+    bottom."""
     turn: bool = True
     """Turn the crops by 0, 1, 2 or 3 quarters."""
     zoom: Share = 0.0
@@ -73,12 +74,8 @@ class Schedule(Table):
     """Steps over which it rises linearly."""
     hold: int = Field(default=0, ge=0)
     """Steps at the peak, the warm-up included, before it falls."""
-    shape: Literal["cosine", "halving"] = "cosine"
-    """How it falls: along a cosine to `final` at the last step, or by half again and again."""
-    halve_every: int = Field(default=100_000, ge=1)
-    """Steps between halvings."""
     milestones: tuple[int, ...] = ()
-    """Steps at which it halves, instead."""
+    """Steps at which it halves; without any it falls to `final` along a cosine."""
 
 
 class Optimiser(Table):

@@ -142,8 +142,6 @@ def learning_rate(recipe: Recipe, step: int) -> float:
         return schedule.peak
     if schedule.milestones:
         return float(schedule.peak * 0.5 ** sum(step >= stone for stone in schedule.milestones))
-    if schedule.shape == "halving":
-        return float(schedule.peak * 0.5 ** ((step - start) // schedule.halve_every))
     progress = (step - start) / max(recipe.steps - start, 1)
     fall = schedule.peak - schedule.final
     return schedule.final + fall * 0.5 * (1 + math.cos(math.pi * progress))
