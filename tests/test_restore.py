@@ -193,7 +193,7 @@ def test_little_memory_means_tiles_and_global_statistics_say_so(tmp_path, net, m
     make(tmp_path / "in" / "b.png", 400, 300)
     with restoring.ready(net, restoring.settings_for(net)) as restorer:
         needed = restorer.peak(400, 300)
-    monkeypatch.setattr(restoring, "free_memory", lambda device: int(needed * 1.2))
+    monkeypatch.setattr("fullres.budget.free_memory", lambda device: int(needed * 1.2))
     told = Told()
     fr.restore(photo, network=net, progress=told)
     assert len(told.tiles) > 1
@@ -201,7 +201,7 @@ def test_little_memory_means_tiles_and_global_statistics_say_so(tmp_path, net, m
     fr.restore(tmp_path / "in", network=net, local=False)
     said = [record.message for record in caplog.records]
     assert said == ["large pictures run in tiles: global operations see one tile at a time"]
-    monkeypatch.setattr(restoring, "free_memory", lambda device: 1000)
+    monkeypatch.setattr("fullres.budget.free_memory", lambda device: 1000)
     with pytest.raises(fr.FullresError, match=r"photo\.png: .* free memory is too little"):
         fr.restore(photo, tmp_path / "never.png", net)
     assert not (tmp_path / "never.png").exists()

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fullres.batch import Report
     from fullres.errors import ConversionError, FullresError, ImageError, NetworkError
+    from fullres.evaluate import evaluate
+    from fullres.evaluation.results import Evaluation
     from fullres.local import Conversion, Local, NothingToConvert, Plan, convert, plan
     from fullres.networks.catalog import create_network, networks, open_network
     from fullres.networks.spec import Network, Spec
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Conversion": "fullres.local",
     "ConversionError": "fullres.errors",
+    "Evaluation": "fullres.evaluation.results",
     "FullresError": "fullres.errors",
     "ImageError": "fullres.errors",
     "Local": "fullres.local",
@@ -38,6 +41,7 @@ _HOMES = {
     "Spec": "fullres.networks.spec",
     "convert": "fullres.local",
     "create_network": "fullres.networks.catalog",
+    "evaluate": "fullres.evaluate",
     "networks": "fullres.networks.catalog",
     "open_network": "fullres.networks.catalog",
     "plan": "fullres.local",
@@ -47,6 +51,7 @@ _HOMES = {
 __all__ = [
     "Conversion",
     "ConversionError",
+    "Evaluation",
     "FullresError",
     "ImageError",
     "Local",
@@ -59,6 +64,7 @@ __all__ = [
     "__version__",
     "convert",
     "create_network",
+    "evaluate",
     "networks",
     "open_network",
     "plan",
@@ -67,7 +73,7 @@ __all__ = [
 
 
 class _Package(ModuleType):
-    """This package, whose functions `restore` and `networks` share their names with parts of it."""
+    """This package, some of whose functions, `restore` say, share their names with parts of it."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # importing a part binds it here under its name, which would hide the function

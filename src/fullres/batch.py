@@ -68,6 +68,11 @@ class Outcome:
     seconds: float = 0.0
     error: FullresError | None = None
 
+    @property
+    def summary(self) -> str:
+        """What was done, where it succeeded."""
+        return f"{self.job.source} → {self.job.target}"
+
 
 @dataclass(frozen=True)
 class Report:

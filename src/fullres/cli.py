@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
+from fullres.cli_study import app as studies
 from fullres.errors import FullresError
+from fullres.options import (
+    NetworkOption,
+    OnlyOption,
+    StrideOption,
+    TrainSizeOption,
+    WindowOption,
+    read_size,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,14 +46,6 @@ def main() -> None:
         sys.exit(code)
 
 
-def _size(text: str) -> Any:
-    """`384`, or `384x512` for height and width."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
-        raise typer.BadParameter(f"{text!r} is not a size: write 384, or 384x512 (height x width)")
-    return int(text) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         import fullres
@@ -59,44 +60,6 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None: ...
-
-
-NetworkOption = Annotated[
-    str, typer.Option("--network", "-n", help="A bundled network or the path of a checkpoint.")
-]
-WindowOption = Annotated[
-    Any,
-    typer.Option(
-        parser=_size,
-        metavar="SIZE",
-        help="Local window in pixels, 384 or 384x512 (height x width); 1.5 x the training size "
-        "if not given.",
-    ),
-]
-TrainSizeOption = Annotated[
-    Any,
-    typer.Option(
-        parser=_size,
-        metavar="SIZE",
-        help="Size of the crops the network was trained on, if it does not say.",
-    ),
-]
-OnlyOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME",
-        help="Make only these modules local; a pattern such as 'encoder.*', may be repeated.",
-    ),
-]
-StrideOption = Annotated[
-    Any,
-    typer.Option(
-        parser=_size,
-        metavar="SIZE",
-        help="Pixels between the overlapping windows of attention; as few windows as cover the "
-        "picture if not given.",
-    ),
-]
 
 
 @app.command()
@@ -253,7 +216,7 @@ def bench(
     ] = None,
     size: Annotated[
         Any,
-        typer.Option(parser=_size, metavar="SIZE", help="Size of the picture, height x width."),
+        typer.Option(parser=read_size, metavar="SIZE", help="Size of the picture, height x width."),
     ] = "720x1280",
     window: WindowOption = None,
     train_size: TrainSizeOption = None,
@@ -295,6 +258,182 @@ def bench(
 
 
 @app.command()
+def evaluate(
+    network: Annotated[
+        str,
+        typer.Argument(help="A bundled network or the path of a checkpoint.", show_default=False),
+    ],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a data set: pairs, or clean pictures to --degrade.", show_default=False
+        ),
+    ],
+    layout: Annotated[
+        str, typer.Option(help="How the folder is laid out, pairs or gopro for instance.")
+    ] = "auto",
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="How pictures are measured; as is usual for the data if not given."),
+    ] = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mode",
+            "-m",
+            metavar="MODE",
+            help="global, local, patches, or patches-16 for patches that overlap by 16 pixels; "
+            "may be repeated. The first three if not given.",
+        ),
+    ] = None,
+    how: Annotated[
+        str | None,
+        typer.Option(
+            "--degrade",
+            metavar="TEXT",
+            help="How clean pictures are degraded, such as 'noise sigma=[25,25]'.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of --degrade.")] = 0,
+    noise_level: Annotated[
+        float | None,
+        typer.Option(help="Standard deviation of the noise, 0 to 255, for networks that ask."),
+    ] = None,
+    jpeg_quality: Annotated[
+        int | None,
+        typer.Option(help="Quality the JPEGs were saved with, for networks that ask."),
+    ] = None,
+    window: WindowOption = None,
+    train_size: TrainSizeOption = None,
+    only: OnlyOption = None,
+    stride: StrideOption = None,
+    patch_size: Annotated[
+        Any,
+        typer.Option(
+            parser=read_size,
+            metavar="SIZE",
+            help="Size of patches; the training size if not given.",
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="auto, or a device as torch names it: cpu, cuda, cuda:1, mps.")
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float16, bfloat16, float32 or float64; auto is float32.")
+    ] = "auto",
+    tile: Annotated[
+        int | None,
+        typer.Option(min=16, help="Side of tiles in pixels; from the free memory if not given."),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for CSV, JSON, Markdown and a contact sheet; a run that was stopped goes "
+            "on there.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Drop the results that the folder holds.")
+    ] = False,
+    per_picture: Annotated[
+        bool, typer.Option("--per-picture", help="Also print a table with a line a picture.")
+    ] = False,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="Print all rows as CSV, and nothing else.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print settings, means and rows as JSON, nothing else.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Measure how well a network restores a data set: as it is, local, and in patches.
+
+    Memory is, on CUDA, the peak that torch has allocated; elsewhere that of the tensors, estimated.
+    """
+    from fullres.console import Display, show_log
+    from fullres.data.degrade import parse_degradation
+    from fullres.evaluate import MODES
+    from fullres.evaluate import evaluate as evaluate_network
+
+    with Display(quiet or as_csv or as_json) as display:
+        show_log(display.console)
+        found = evaluate_network(
+            network,
+            data,
+            modes=mode or MODES,
+            protocol=protocol,
+            layout=layout,
+            split=split,
+            degradation=parse_degradation(how) if how else None,
+            seed=seed,
+            noise_level=noise_level,
+            jpeg_quality=jpeg_quality,
+            window=window,
+            train_size=train_size,
+            only=only or (),
+            stride=stride,
+            patch_size=patch_size,
+            device=device,
+            dtype=dtype,
+            tile=tile,
+            output=output,
+            overwrite=overwrite,
+            progress=display,
+        )
+    if as_csv or as_json:
+        typer.echo(found.csv() if as_csv else found.json(), nl=False)
+        return
+    typer.echo(found.table())
+    if per_picture:
+        typer.echo(f"\n{found.per_picture()}")
+
+
+@app.command()
+def degrade(
+    pictures: Annotated[str, typer.Argument(help="Folder of clean pictures.", show_default=False)],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Folder for the pairs, in input and target.")
+    ],
+    how: Annotated[
+        str,
+        typer.Option(
+            "--degrade",
+            help="A degradation and its parameters, such as 'noise sigma=[0,50]', defocus, "
+            "'shake shift=[0,6]', motion, 'jpeg quality=[10,40]', rain, haze.",
+        ),
+    ],
+    versions: Annotated[
+        int, typer.Option(min=1, help="Degraded pictures to make of each clean one.")
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed makes the same pictures.")] = 0,
+    bits: Annotated[int, typer.Option(help="Bits per channel of the results: 8 or 16.")] = 8,
+) -> None:
+    """Make pairs of degraded and clean pictures, to train and to evaluate on.
+
+    Pairs that are there already stay, so a stopped run goes on where it was.
+    """
+    from fullres.console import Display
+    from fullres.data.datasets import open_dataset
+    from fullres.data.degrade import degrade_folder, parse_degradation
+
+    clean = open_dataset(pictures, "clean").pairs
+    made = parse_degradation(how)
+    with Display() as display:
+        degrade_folder(
+            [(pair.name, pair.target) for pair in clean],
+            output,
+            made,
+            seed=seed,
+            versions=versions,
+            bits=bits,
+            progress=lambda name: display.console.print(name, highlight=False),
+        )
+
+
+@app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, a TOML file.", show_default=False)],
     changes: Annotated[
@@ -322,3 +461,6 @@ def train(
     settings = read_recipe(recipe, changes or ())
     show_log(Console(highlight=False, markup=False, soft_wrap=True))
     typer.echo(train_network(settings, run or Path("runs") / settings.name))
+
+
+app.add_typer(studies, name="study")

@@ -118,26 +118,11 @@ class Feed:
             FullresError: the picture's channels do not fit the network.
         """
         picture = self.source.read(top, left, height, width)
-        channels, wanted = picture.shape[0], self.spec.in_channels - (self.value is not None)
-        if channels == wanted:
-            x = picture[None]
-        elif channels == 1:
-            x = picture.expand(1, wanted, -1, -1)
-        elif wanted == 1:
-            x = picture[:, None]  # every channel is a picture of its own
-        else:
-            raise FullresError(
-                f"{self.source.path}: has {channels} channels, but the network takes {wanted}"
-            )
-        if self.value is None:
-            return x
-        return torch.cat([x, x.new_full((len(x), 1, *x.shape[2:]), self.value)], 1)
+        return as_input(picture, self.spec, self.value, self.source.path)
 
     def result(self, y: Tensor) -> Tensor:
         """What the network makes of an input, as (C, scale * height, scale * width)."""
-        if self.source.channels == 1:
-            y = y.mean(1, keepdim=True)
-        return y.flatten(0, 1)  # whether the channels were channels or pictures
+        return as_picture(y, self.source.channels == 1)
 
     def create(self, target: Path, bits: int | None, quality: int) -> Sink:
         """The output picture, as `Source.create` makes it."""
@@ -160,9 +145,8 @@ class Views(Feed):
             )
 
     def read(self, top: int, left: int, height: int, width: int) -> Tensor:
-        views = (view.read(top, left, height, width) for view in (self.source, self.right))
-        each = self.spec.in_channels // 2
-        return torch.cat([view.expand(each, -1, -1) for view in views])[None]
+        at = (top, left, height, width)
+        return stacked(self.source.read(*at), self.right.read(*at), self.spec)
 
 
 @dataclass(frozen=True)
@@ -220,6 +204,46 @@ class Mosaic(Feed):
 
     def create(self, target: Path, bits: int | None, quality: int) -> Sink:
         return self.source.create(target, self.spec.scale, bits, quality, as_colour=True)
+
+
+def as_input(picture: Tensor, spec: Spec, value: float | None, path: Path) -> Tensor:
+    """A picture (C, H, W) as a network takes it: (B, in_channels, H, W).
+
+    Args:
+        picture: a colour picture becomes one of each channel for a network of grey ones, a grey
+            one three equal channels for a network of colour.
+        spec: the network's.
+        value: of the channel beside the picture, if the network takes one.
+        path: of the picture, for the error.
+
+    Raises:
+        FullresError: the picture's channels do not fit the network.
+    """
+    channels, wanted = picture.shape[0], spec.in_channels - (value is not None)
+    if channels == wanted:
+        x = picture[None]
+    elif channels == 1:
+        x = picture.expand(1, wanted, -1, -1)
+    elif wanted == 1:
+        x = picture[:, None]  # every channel is a picture of its own
+    else:
+        raise FullresError(f"{path}: has {channels} channels, but the network takes {wanted}")
+    if value is None:
+        return x
+    return torch.cat([x, x.new_full((len(x), 1, *x.shape[2:]), value)], 1)
+
+
+def as_picture(y: Tensor, grey: bool) -> Tensor:
+    """What a network made of `as_input`, as (C, H, W); one channel for a grey picture."""
+    if grey:
+        y = y.mean(1, keepdim=True)
+    return y.flatten(0, 1)  # whether the channels were channels or pictures
+
+
+def stacked(left: Tensor, right: Tensor, spec: Spec) -> Tensor:
+    """Two views, (C, H, W) each, as a network takes them: (1, in_channels, H, W)."""
+    each = spec.in_channels // 2
+    return torch.cat([view.expand(each, -1, -1) for view in (left, right)])[None]
 
 
 def _within(start: int, stop: int, length: int) -> tuple[slice, int, int]:

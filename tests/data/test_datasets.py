@@ -14,6 +14,7 @@ from fullres.data.datasets import Block, Clip, Dataset, layouts, open_dataset, r
 from fullres.data.layouts import LAYOUTS
 from fullres.data.pairing import natural
 from fullres.errors import FullresError
+from fullres.metrics import PROTOCOLS
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -316,12 +317,12 @@ def test_two_resolutions_of_one_scale_need_not_name_it(tmp_path):
 @pytest.mark.parametrize(
     ("folder", "layout", "task", "protocol"),
     [
-        ("Urban100", "urban100", "denoise", "colour"),
-        ("CBSD68", "cbsd68", "denoise", "colour"),
-        ("kodak", "kodak24", "denoise", "colour"),
-        ("McM", "mcmaster", "denoise", "colour"),
-        ("Set12", "set12", "denoise", "grey"),
-        ("BSD68", "bsd68", "denoise", "grey"),
+        ("Urban100", "urban100", "denoise", "colour-denoising"),
+        ("CBSD68", "cbsd68", "denoise", "colour-denoising"),
+        ("kodak", "kodak24", "denoise", "colour-denoising"),
+        ("McM", "mcmaster", "denoise", "colour-denoising"),
+        ("Set12", "set12", "denoise", "grey-denoising"),
+        ("BSD68", "bsd68", "denoise", "grey-denoising"),
         ("LIVE1", "live1", "jpeg", "jpeg"),
         ("classic5", "classic5", "jpeg", "jpeg"),
         ("Set5", "set5", "super-resolution", "sr"),
@@ -550,8 +551,7 @@ def test_layouts_have_one_name_and_one_line_each():
     lines = layouts()
     assert len(lines) == len(LAYOUTS)
     assert all(line and "\n" not in line for line in lines.values())
-    protocols = "gopro hide reds realblur dpdd sidd colour grey sr jpeg demosaic derain dehaze rgb"
-    assert all(layout.protocol in protocols.split(" ") for layout in LAYOUTS)
+    assert {layout.protocol for layout in LAYOUTS} <= PROTOCOLS.keys()
 
 
 @given(st.lists(st.integers(0, 10**6), unique=True))
@@ -569,7 +569,12 @@ def test_any_names_have_one_order(names, random):
 
 @pytest.mark.parametrize(
     ("folder", "protocol"),
-    [("urban100", "colour"), ("mcmaster", "colour"), ("set12", "grey"), ("classic5", "jpeg")],
+    [
+        ("urban100", "colour-denoising"),
+        ("mcmaster", "colour-denoising"),
+        ("set12", "grey-denoising"),
+        ("classic5", "jpeg"),
+    ],
 )
 def test_real_folders(folder, protocol):
     root = SHARED / folder

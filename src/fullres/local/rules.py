@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fullres.local.forms import LocalModule, Window, covers
 from fullres.local.pooled import pooled
-from fullres.ops.box import local_max, local_mean, local_mean_var
+from fullres.ops.box import local_max, local_mean, local_mean_var, local_normalise
 from fullres.ops.group import group_moments, group_normalised
 
 
@@ -83,9 +83,7 @@ def local_instance_norm(
     x: Tensor, window: Window, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """Instance normalisation of maps (B, C, H, W) with the statistics of a window."""
-    wide = _at_least_float32(x)
-    mean, var = local_mean_var(wide, window)
-    return _normalised(wide, mean, var, eps, weight, bias).to(x.dtype)
+    return local_normalise(x, window, weight, bias, eps)
 
 
 def local_group_norm(
@@ -108,16 +106,6 @@ def local_group_norm(
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _normalised(
-    x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    scale = torch.rsqrt(var + eps)
-    if weight is not None:
-        scale = scale * weight[:, None, None]
-    y = (x - mean) * scale
-    return y if bias is None else y + bias[:, None, None]
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,16 @@ class LayerNorm2d(nn.Module):
         return y.permute(0, 3, 1, 2)
 
 
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """`x * y`, in the memory of `x`, which is of no further use, where nothing is derived."""
+    return x * y if torch.is_grad_enabled() else x.mul_(y)
+
+
+def total(x: Tensor, y: Tensor) -> Tensor:
+    """`x + y`, in the memory of `x`, which is of no further use, where nothing is derived."""
+    return x + y if torch.is_grad_enabled() else x.add_(y)
+
+
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Extend (B, C, H, W) at the bottom and right, by reflection, to a multiple of `multiple`.
 

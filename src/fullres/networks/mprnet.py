@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fullres.networks.layers import pad_to_multiple
+from fullres.networks.layers import pad_to_multiple, product, total
 from fullres.networks.spec import Architecture, Spec, State, count
 
 MULTIPLE = 8
@@ -32,7 +32,10 @@ Features = tuple[Tensor, Tensor, Tensor]
 
 
 class ChannelAttention(nn.Module):
-    """Squeeze and excitation: each channel times a weight that its pooled mean decides."""
+    """Squeeze and excitation: each channel times a weight that its pooled mean decides.
+
+    The map is multiplied in its own memory where nothing is derived.
+    """
 
     def __init__(self, channels: int, reduction: int, bias: bool) -> None:
         super().__init__()
@@ -47,7 +50,7 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.conv_du(self.avg_pool(x))
-        return x * y
+        return product(x, y)
 
 
 class CAB(nn.Module):
@@ -70,8 +73,7 @@ class CAB(nn.Module):
         self.body = nn.Sequential(conv(channels, channels), act, conv(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.CA(self.body(x))
-        return y + x
+        return total(self.CA(self.body(x)), x)
 
 
 class Down(nn.Module):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullres.networks.layers import LayerNorm2d, pad_to_multiple
+from fullres.networks.layers import LayerNorm2d, pad_to_multiple, product
 from fullres.networks.spec import Architecture, Spec, State, count
 
 
@@ -36,10 +36,10 @@ class NAFBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.norm1(x)
-        y = _product(*(_half(self.conv2, _half(self.conv1, z, i), i) for i in (0, 1)))
-        x = _scaled(self.conv3, _product(y, self.sca(y)), self.beta).add_(x)
+        y = product(*(_half(self.conv2, _half(self.conv1, z, i), i) for i in (0, 1)))
+        x = _scaled(self.conv3, product(y, self.sca(y)), self.beta).add_(x)
         z = self.norm2(x)
-        y = _product(*(_half(self.conv4, z, i) for i in (0, 1)))
+        y = product(*(_half(self.conv4, z, i) for i in (0, 1)))
         return _scaled(self.conv5, y, self.gamma).add_(x)
 
 
@@ -54,10 +54,6 @@ def _half(conv: nn.Conv2d, x: Tensor, i: int) -> Tensor:
     assert conv.bias is not None
     groups = 1 if conv.groups == 1 else channels
     return F.conv2d(x, conv.weight[own], conv.bias[own], padding=conv.padding, groups=groups)
-
-
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    return x * y if torch.is_grad_enabled() else x.mul_(y)
 
 
 def _scaled(conv: nn.Conv2d, x: Tensor, scale: Tensor) -> Tensor:

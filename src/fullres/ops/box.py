@@ -4,13 +4,17 @@ For a map of H × W and a window kh × kw, clipped to the map: statistics over e
 window at stride 1, then edge replication back to H × W, with (kh - 1) // 2 rows on top and the
 rest below, columns alike (TLC: Chu et al., ECCV 2022, section 4.2).
 
-The custom operators `fullres::local_mean` and `fullres::local_mean_var` have a fast kernel on the
-CPU and the reference elsewhere, shapes for `torch.compile` and `torch.export`, and derivatives
-of any order.
+The custom operators `fullres::local_mean`, `fullres::local_mean_var` and
+`fullres::local_normalise` have fast kernels on the CPU and on GPUs and the reference elsewhere,
+shapes for `torch.compile` and `torch.export`, and derivatives of any order.
 """
 
 from __future__ import annotations
 
+import os
+from functools import cache
+from importlib.util import find_spec
+from shutil import which
 from typing import Any
 
 import torch
@@ -59,6 +63,55 @@ def local_mean_var(
     if not replicate:
         mean, var = _contained(mean, kh, kw), _contained(var, kh, kw)
     return mean, var
+
+
+def local_normalise(
+    x: Tensor,
+    window: tuple[int, int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Maps normalised by the windows around them: `(x - mean) / sqrt(var + eps) * weight + bias`.
+
+    Type, shape and errors as `local_mean`; statistics and arithmetic in float32 or better, one
+    rounding to the type of `x`. On a GPU in one pass, without maps of statistics.
+
+    Args:
+        x: maps (B, C, H, W).
+        window: as `local_mean`.
+        weight: factor of each channel, (C,).
+        bias: summand of each channel, (C,).
+        eps: added to the variance.
+
+    >>> local_normalise(torch.tensor([1.0, 3.0, 3.0]).reshape(1, 1, 1, 3), (1, 2), eps=0).flatten()
+    tensor([-1., nan, nan])
+    """
+    kh, kw = _clipped(x, window)
+    y: Tensor = torch.ops.fullres.local_normalise(x, weight, bias, kh, kw, eps)
+    return y
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether Triton's kernels serve a tensor: on a GPU, or anywhere in Triton's interpreter."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return _has_triton()
+    return x.is_cuda and _has_triton() and _can_build()
+
+
+@cache
+def _has_triton() -> bool:
+    if find_spec("triton") is None:
+        return False
+    import triton
+
+    return tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 5)
+
+
+@cache
+def _can_build() -> bool:
+    # what launches a kernel is built by the machine's C compiler; Triton for Windows has its own
+    return os.name == "nt" or any((os.environ.get("CC"), which("gcc"), which("clang")))
 
 
 def local_mean_reference(x: Tensor, window: tuple[int, int], *, replicate: bool = True) -> Tensor:
@@ -184,19 +237,31 @@ def _result(x: Tensor, kh: int, kw: int, replicate: bool) -> Tensor:
     )
 
 
+def _kernels(x: Tensor) -> Any:
+    """The module with the fast kernels for a map."""
+    if runs_triton(x):
+        from fullres.ops import box_cuda
+
+        return box_cuda
+    from fullres.ops import box_cpu
+
+    return box_cpu
+
+
 @torch.library.custom_op("fullres::local_mean", mutates_args=())
 def _local_mean(x: Tensor, kh: int, kw: int, replicate: bool) -> Tensor:
     out = _result(x, kh, kw, replicate)
+    if runs_triton(x):
+        _kernels(x).local_mean(x, kh, kw, replicate, out)
+        return out
     return out.copy_(local_mean_reference(x, (kh, kw), replicate=replicate))
 
 
 @_local_mean.register_kernel("cpu")
 def _local_mean_cpu(x: Tensor, kh: int, kw: int, replicate: bool) -> Tensor:
-    from fullres.ops import box_cpu
-
     out = _result(x, kh, kw, replicate)
     if x.numel():
-        box_cpu.local_mean(x, kh, kw, replicate, out)
+        _kernels(x).local_mean(x, kh, kw, replicate, out)
     return out
 
 
@@ -206,23 +271,54 @@ _local_mean.register_fake(_result)
 @torch.library.custom_op("fullres::local_mean_var", mutates_args=())
 def _local_mean_var(x: Tensor, kh: int, kw: int) -> tuple[Tensor, Tensor]:
     mean, var = _result(x, kh, kw, True), _result(x, kh, kw, True)
+    if runs_triton(x):
+        _kernels(x).local_mean_var(x, kh, kw, True, mean, var)
+        return mean, var
     exact_mean, exact_var = local_mean_var_reference(x, (kh, kw))
     return mean.copy_(exact_mean), var.copy_(exact_var)
 
 
 @_local_mean_var.register_kernel("cpu")
 def _local_mean_var_cpu(x: Tensor, kh: int, kw: int) -> tuple[Tensor, Tensor]:
-    from fullres.ops import box_cpu
-
     mean, var = _result(x, kh, kw, True), _result(x, kh, kw, True)
     if x.numel():
-        box_cpu.local_mean_var(x, kh, kw, True, mean, var)
+        _kernels(x).local_mean_var(x, kh, kw, True, mean, var)
     return mean, var
 
 
 @_local_mean_var.register_fake
 def _local_mean_var_fake(x: Tensor, kh: int, kw: int) -> tuple[Tensor, Tensor]:
     return _result(x, kh, kw, True), _result(x, kh, kw, True)
+
+
+@torch.library.custom_op("fullres::local_normalise", mutates_args=())
+def _local_normalise(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, kh: int, kw: int, eps: float
+) -> Tensor:
+    out = _result(x, kh, kw, True)
+    if not x.numel():
+        return out
+    if runs_triton(x):
+        weight, bias = (v if v is None else v.contiguous() for v in (weight, bias))
+        _kernels(x).local_normalise(x, kh, kw, weight, bias, eps, out)
+        return out
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean, var = local_mean_var(wide, (kh, kw))
+    scale = var.add_(eps).rsqrt_().mul_(_by_channel(weight, x, 1))
+    y = torch.sub(wide, mean, out=out if out.dtype == wide.dtype else None)
+    y.mul_(scale).add_(_by_channel(bias, x, 0))
+    return y if y is out else out.copy_(y)
+
+
+@_local_normalise.register_fake
+def _local_normalise_fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, kh: int, kw: int, eps: float
+) -> Tensor:
+    return _result(x, kh, kw, True)
+
+
+def _by_channel(vector: Tensor | None, x: Tensor, default: float) -> Tensor:
+    return x.new_full((), default) if vector is None else vector[:, None, None]
 
 
 def _adjoint(grad: Tensor, shape: torch.Size, kh: int, kw: int, replicate: bool) -> Tensor:
@@ -262,12 +358,44 @@ def _local_mean_var_backward(
     ctx: Any, grad_mean: Tensor, grad_var: Tensor
 ) -> tuple[Tensor | None, ...]:
     x, mean = ctx.saved_tensors
+    return _mean_var_adjoint(x, mean, ctx.kh, ctx.kw, grad_mean, grad_var), None, None
+
+
+def _mean_var_adjoint(
+    x: Tensor, mean: Tensor, kh: int, kw: int, grad_mean: Tensor, grad_var: Tensor
+) -> Tensor:
     pivot = x[..., :1, :1].detach()
-    window = (x.shape, ctx.kh, ctx.kw, True)
+    window = (x.shape, kh, kw, True)
     # d var / d x = 2 (x - mean) / n, both about the pivot to keep their digits
     grad = _adjoint(grad_mean - 2 * grad_var * (mean - pivot), *window)
-    return grad + 2 * (x - pivot) * _adjoint(grad_var, *window), None, None
+    return grad + 2 * (x - pivot) * _adjoint(grad_var, *window)
+
+
+def _keep_normalised(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, *ctx.options = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _local_normalise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    kh, kw, eps = ctx.options
+    wide, grad = (z.to(torch.promote_types(x.dtype, torch.float32)) for z in (x, grad))
+    mean, var = local_mean_var(wide, (kh, kw))
+    scale, factor = torch.rsqrt(var + eps), _by_channel(weight, wide, 1)
+    normalised = (wide - mean) * scale
+    direct = grad * factor * scale
+    grad_var = -0.5 * direct * normalised * scale
+    grads: list[Tensor | None] = [None, None, None]
+    if ctx.needs_input_grad[0]:
+        grad_x = direct + _mean_var_adjoint(wide, mean, kh, kw, -direct, grad_var)
+        grads[0] = grad_x.to(x.dtype)
+    if ctx.needs_input_grad[1]:
+        grads[1] = (grad * normalised).sum((0, 2, 3)).to(weight.dtype)
+    if ctx.needs_input_grad[2]:
+        grads[2] = grad.sum((0, 2, 3)).to(bias.dtype)
+    return *grads, None, None, None
 
 
 _local_mean.register_autograd(_local_mean_backward, setup_context=_keep_shape)
 _local_mean_var.register_autograd(_local_mean_var_backward, setup_context=_keep_map)
+_local_normalise.register_autograd(_local_normalise_backward, setup_context=_keep_normalised)

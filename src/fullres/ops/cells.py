@@ -8,13 +8,16 @@ so they have derivatives of any order; `torch.compile` and `torch.export` see ea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fullres.ops.box import runs_triton
 
 Span = tuple[int, int]
 Part = tuple[EllipsisType, slice, slice]
@@ -75,6 +78,17 @@ def wide(x: Tensor) -> torch.dtype:
 # Operators ------------------------------------------------------------------------------------
 
 
+def _without_autocast(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Sums keep the type that they were given room in; autocast would narrow the products."""
+
+    @functools.wraps(op)
+    def run(x: Tensor, *others: Any) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return op(x, *others)
+
+    return run
+
+
 @torch.library.custom_op(
     "fullres::span_sums", mutates_args=(), schema="(Tensor x, int[] spans, int[] covers) -> Tensor"
 )
@@ -111,8 +125,15 @@ _span_sums_op.register_fake(_span_sums_fake)
     mutates_args=(),
     schema="(Tensor a, Tensor b, int[] rows, int[] columns) -> Tensor",
 )
+@_without_autocast
 def _gram_op(a: Tensor, b: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
-    matrices = _gram_room(a, b, rows, columns).zero_()
+    matrices = _gram_room(a, b, rows, columns)
+    if _has_kernel(columns, a, b):
+        from fullres.ops import windows_cuda
+
+        windows_cuda.gram(a, b, rows, columns, matrices)
+        return matrices
+    matrices.zero_()
     channels = b.shape[:3].numel()
     if _narrow(columns):
         index = _column_index(columns, a.device)
@@ -138,8 +159,15 @@ _gram_op.register_fake(_gram_room)
     mutates_args=(),
     schema="(Tensor x, int[] rows, int[] columns) -> Tensor",
 )
+@_without_autocast
 def _squares_op(x: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
-    sums = _squares_room(x, rows, columns).zero_()
+    sums = _squares_room(x, rows, columns)
+    if _has_kernel(columns, x):
+        from fullres.ops import windows_cuda
+
+        windows_cuda.squares(x, rows, columns, sums)
+        return sums
+    sums.zero_()
     channels = x.shape[:3].numel()
     if _narrow(columns):
         index = _column_index(columns, x.device)
@@ -164,8 +192,14 @@ _squares_op.register_fake(_squares_room)
     mutates_args=(),
     schema="(Tensor m, Tensor x, int[] rows, int[] columns) -> Tensor",
 )
+@_without_autocast
 def _weigh_op(m: Tensor, x: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
     out = _weigh_room(m, x, rows, columns)
+    if _has_kernel(columns, x) and m.dtype == torch.float32:
+        from fullres.ops import windows_cuda
+
+        windows_cuda.weigh(m, x, rows, columns, out)
+        return out
     channels = x.shape[:3].numel()
     if _narrow(columns):
         index = _column_index(columns, x.device)
@@ -194,6 +228,14 @@ def _matrix(x: Tensor) -> Tensor:
     x = x.to(wide(x))
     # in channels-last memory, whole pixels are copied
     return x.movedim(2, -1).flatten(2, 3).mT if x.stride(2) == 1 else x.flatten(3)
+
+
+def _has_kernel(columns: Sequence[int], *maps: Tensor) -> bool:
+    """Whether a kernel on a GPU serves maps: of one type below float64, in cells that are wide."""
+    x = maps[0]
+    if not runs_triton(x) or _narrow(columns) or not x.numel():
+        return False
+    return x.dtype != torch.float64 and all(y.dtype == x.dtype for y in maps)
 
 
 def _narrow(columns: Sequence[int]) -> bool:

@@ -30,7 +30,8 @@ def edge(restored: Tensor, target: Tensor) -> Tensor:
 
 def fft(restored: Tensor, target: Tensor) -> Tensor:
     """Mean absolute difference of Fourier coefficients (MIMO-UNet, equation 5)."""
-    return (torch.fft.rfft2(restored) - torch.fft.rfft2(target)).abs().mean()
+    loss: Tensor = (torch.fft.rfft2(restored) - torch.fft.rfft2(target)).abs().mean()
+    return loss
 
 
 LOSSES: dict[str, Loss] = {
