@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+import skimage.data
 import torch
+from skimage import io as skio
 from torch import nn
 
 import fullres as fr
@@ -47,6 +49,8 @@ def given(folder: Path) -> dict:
     options = {"width": 4, "enc_blk_nums": [1, 1], "dec_blk_nums": [1, 1]}
     weights = fr.create_network("nafnet", **options).module.state_dict()
     torch.save({"params": weights}, folder / "NAFNet-SIDD-width64.pth")
+    (folder / "photos").mkdir()
+    skio.imsave(folder / "photos" / "cat.png", skimage.data.chelsea()[:96, :96])
     return {"MyNetwork": MyNetwork, "x": torch.rand(1, 3, 40, 48), "__name__": "page"}
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from fullres.options import NetworkOption, TrainSizeOption, WindowOption, read_size
-
-if TYPE_CHECKING:
-    from fullres.data.datasets import Dataset
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -80,8 +77,10 @@ def statistics(
     _begin()
     found = study(
         network,
-        _open(data, layout, split),
-        _open(data if training is None else training, layout, "train"),
+        data,
+        training,
+        layout=layout,
+        split=split,
         crops=crops,
         seed=seed,
         layer=layer,
@@ -124,8 +123,10 @@ def window(
     _begin()
     found = study(
         network,
-        _open(data, layout, split),
+        data,
         factor or FACTORS,
+        layout=layout,
+        split=split,
         train_size=train_size,
         protocol=protocol,
         noise_level=noise_level,
@@ -171,7 +172,9 @@ def modules(
     _begin()
     found = study(
         network,
-        _open(data, layout, split),
+        data,
+        layout=layout,
+        split=split,
         size=size,
         window=window,
         train_size=train_size,
@@ -214,8 +217,10 @@ def methods(
     _begin()
     found = study(
         network,
-        _open(data, layout, split),
+        data,
         overlap or None,
+        layout=layout,
+        split=split,
         window=window,
         train_size=train_size,
         protocol=protocol,
@@ -226,12 +231,6 @@ def methods(
         output=output,
     )
     typer.echo(str(found))
-
-
-def _open(data: str, layout: str, split: str) -> Dataset:
-    from fullres.data.datasets import open_dataset
-
-    return open_dataset(data, layout, split)
 
 
 def _begin() -> None:

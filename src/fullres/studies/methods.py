@@ -120,6 +120,8 @@ def methods(
     window: Size | None = None,
     train_size: Size | None = None,
     protocol: str | Protocol | None = None,
+    layout: str = "auto",
+    split: str = "test",
     noise_level: float | None = None,
     jpeg_quality: int | None = None,
     output: str | os.PathLike[str] | None = None,
@@ -139,6 +141,8 @@ def methods(
         window: local window in pixels; 1.5 × the training size if None.
         train_size: of the crops; what the network says if None.
         protocol: as in `fullres.evaluate.evaluate`.
+        layout: likewise.
+        split: likewise.
         noise_level: likewise.
         jpeg_quality: likewise.
         output: folder for `methods.md`, `.csv` and `.png`; nothing is written if None.
@@ -150,7 +154,8 @@ def methods(
     """
     if output is not None:
         check_matplotlib()
-    opened, dataset = network_of(network), dataset_of(data)
+    opened = network_of(network)
+    dataset = dataset_of(data, layout, split, opened)
     settings = settings_for(opened, True, window, train_size)
     assert settings is not None
     patch = side_of(settings.train_size)

@@ -104,6 +104,8 @@ def modules(
     window: Size | None = None,
     train_size: Size | None = None,
     protocol: str | Protocol | None = None,
+    layout: str = "auto",
+    split: str = "test",
     noise_level: float | None = None,
     jpeg_quality: int | None = None,
     output: str | os.PathLike[str] | None = None,
@@ -120,6 +122,8 @@ def modules(
         window: local window in pixels; 1.5 × each network's training size if None.
         train_size: of the crops; what each network says if None.
         protocol: as in `fullres.evaluate.evaluate`; gains are of its first metric.
+        layout: likewise.
+        split: likewise.
         noise_level: likewise.
         jpeg_quality: likewise.
         output: folder for `modules.md`, `.csv` and `.png`; nothing is written if None.
@@ -134,7 +138,8 @@ def modules(
     named = dict(networks) if isinstance(networks, Mapping) else _named(networks)
     if not named:
         raise FullresError("no networks to compare: give one or more")
-    dataset = dataset_of(data)
+    first = network_of(next(iter(named.values())))
+    dataset = dataset_of(data, layout, split, first)
     how = protocol_of(protocol, dataset)
     at = (size, size) if isinstance(size, int) else size
     rows, gains = [], {}

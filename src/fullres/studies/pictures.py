@@ -31,9 +31,12 @@ def network_of(network: AnyNetwork) -> Network:
     return network if isinstance(network, Network) else open_network(os.fspath(network))
 
 
-def dataset_of(data: Data, split: str = "test") -> Dataset:
-    """The data set, opened if it is not."""
-    return data if isinstance(data, Dataset) else open_dataset(data, split=split)
+def dataset_of(data: Data, layout: str, split: str, network: Network) -> Dataset:
+    """The data set, opened if it is not, in the network's scale."""
+    if isinstance(data, Dataset):
+        return data
+    scale = network.spec.scale
+    return open_dataset(data, layout, split, scale=None if scale == 1 else scale)
 
 
 def protocol_of(protocol: str | Protocol | None, dataset: Dataset) -> Protocol:

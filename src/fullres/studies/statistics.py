@@ -111,6 +111,8 @@ def statistics(
     data: Data,
     training: Data | None = None,
     *,
+    layout: str = "auto",
+    split: str = "test",
     train_size: Size | None = None,
     window: Size | None = None,
     crops: int = 500,
@@ -136,6 +138,8 @@ def statistics(
         data: the full pictures: a data set or its folder, whose degraded pictures are taken, or a
             folder of single pictures.
         training: the same, to cut the training crops from; the training split of `data` if None.
+        layout: of `data`, as in `fullres.evaluate.evaluate`.
+        split: of the full pictures; that of `training` is "train".
         train_size: of the crops; what the network says if None.
         window: of the local statistics in pixels; 1.5 × the training size if None.
         crops: how many are cut, at random places.
@@ -160,8 +164,11 @@ def statistics(
     covered, not_covered = covered_operations(opened.module, settings)
     if layer is not None and layer not in covered:
         raise FullresError(f"layer={layer}: choose one of {', '.join(covered)}")
-    full = dataset_of(data).pairs
-    source = dataset_of(data if training is None else training, "train").pairs
+    full = dataset_of(data, layout, split, opened).pairs
+    if training is None:
+        source = dataset_of(data, layout, "train", opened).pairs
+    else:
+        source = dataset_of(training, "auto", "train", opened).pairs
     side = min(max(math.isqrt(POSITIONS // len(full)), 2), 16)
     spec = opened.spec
     given = Given(bayer, noise_level, jpeg_quality, views=spec.views == 2)

@@ -93,6 +93,8 @@ def window(
     *,
     train_size: Size | None = None,
     protocol: str | Protocol | None = None,
+    layout: str = "auto",
+    split: str = "test",
     noise_level: float | None = None,
     jpeg_quality: int | None = None,
     output: str | os.PathLike[str] | None = None,
@@ -111,7 +113,9 @@ def window(
         train_size: of the crops; what the network says if None.
         protocol: as in `fullres.evaluate.evaluate`, of which the first metric counts; PSNR in all
             that come with fullres.
-        noise_level: as in `fullres.evaluate.evaluate`.
+        layout: as in `fullres.evaluate.evaluate`.
+        split: likewise.
+        noise_level: likewise.
         jpeg_quality: likewise.
         output: folder for `window.md`, `.csv` and `.png`; nothing is written if None.
         device: as in `fullres.restore.restore`.
@@ -124,7 +128,8 @@ def window(
         check_matplotlib()
     if not factors or min(factors) <= 0:
         raise FullresError(f"windows {list(factors)}: give factors of the training size above 0")
-    opened, dataset = network_of(network), dataset_of(data)
+    opened = network_of(network)
+    dataset = dataset_of(data, layout, split, opened)
     settings = settings_for(opened, True, None, train_size)
     assert settings is not None
     how = protocol_of(protocol, dataset)
