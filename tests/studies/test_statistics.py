@@ -17,7 +17,7 @@ from torch import nn
 from fullres.errors import FullresError
 from fullres.networks.spec import Network, Spec
 from fullres.studies.aggregates import _at_positions
-from fullres.studies.statistics import figure, statistics, wasserstein
+from fullres.studies.statistics import figure, kolmogorov_smirnov, statistics, wasserstein
 
 SIZES = ((40, 56), (48, 36), (33, 47))
 
@@ -136,11 +136,14 @@ def test_distance_is_over_the_standard_deviation_of_a_channel(gated, pairs):
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**32 - 1))
-def test_wasserstein_is_that_of_scipy(n, m, seed):
+def test_distances_are_those_of_their_definitions(n, m, seed):
     random = np.random.default_rng(seed)
     a, b = random.standard_normal((n, 3)).round(1), random.standard_normal((m, 3)).round(1)
     expected = [wasserstein_distance(a[:, c], b[:, c]) for c in range(3)]
     np.testing.assert_allclose(wasserstein(a, b), expected, atol=1e-12)
+    at = np.concatenate([a, b])[:, None]
+    expected = np.abs((a <= at).mean(1) - (b <= at).mean(1)).max(0)
+    np.testing.assert_allclose(kolmogorov_smirnov(a, b), expected, atol=1e-12)
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(2, 6))

@@ -264,7 +264,7 @@ def worst_box(x: Tensor, size: tuple[int, int], side: int) -> tuple[slice, slice
     >>> x = torch.zeros(1, 64, 64)
     >>> x[:, 40:, 32:] = 1
     >>> worst_box(x, (32, 32), 16)
-    (slice(48, 64, None), slice(24, 40, None))
+    (slice(40, 56, None), slice(24, 40, None))
     """
     lengths = (x.shape[-2], x.shape[-1])
     sides = [min(side, length) for length in lengths]
@@ -343,8 +343,10 @@ def figure(found: Methods) -> Figure:
         for axes in (above, below):
             axes.set_yticks(crops.lines[0], labels=[])
             axes.set_xticks(crops.lines[1], labels=[])
-    panels[1, 2].set_ylabel(f"minus whole picture,\n−{top:.2g} to {top:.2g}", fontsize=9)
-    drawn.suptitle(f"{crops.name}: ticks are where patches begin", fontsize=9)
+    beside = panels[1, list(crops.shown).index(GLOBAL)]
+    words = f"what sets them apart\nfrom the whole picture:\n−{top:.2g} (red)\nto {top:.2g} (blue)"
+    beside.text(0.5, 0.5, words, transform=beside.transAxes, ha="center", va="center", fontsize=9)
+    drawn.suptitle(f"{crops.name}: ticks are where patches without overlap begin", fontsize=9)
     return drawn
 
 

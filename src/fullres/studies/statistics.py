@@ -76,6 +76,10 @@ class Row:
     """Distance of the statistics of full pictures, local, from those of training crops."""
     chance: float
     """Distance of as many training crops as there are pictures from all of them, on average."""
+    whole_ks: float
+    """Largest difference of the cumulative distributions, global from training, 0 to 1."""
+    local_ks: float
+    """Largest difference of the cumulative distributions, local from training, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,8 @@ def statistics(
     The statistic of a pooling is what it gives; that of a norm is the mean and the standard
     deviation that it normalises by, of each channel or group. The distance between two
     distributions is the 1-D Wasserstein distance of a channel, over the channel's standard
-    deviation over the training crops, averaged over channels. Local statistics are those of the
+    deviation over the training crops, averaged over channels; the Kolmogorov-Smirnov distance is
+    given beside it, which a few far values do not move. Local statistics are those of the
     converted network, at positions evenly spaced over each picture.
 
     Args:
@@ -243,12 +248,31 @@ def wasserstein(a: Values, b: Values) -> Values:
     >>> wasserstein(np.array([[0.0], [2.0]]), np.array([[1.0], [3.0], [3.0], [5.0]]))
     array([2.])
     """
+    differences, widths = _cumulative(a, b)
+    distance: Values = (differences * widths).sum(0)
+    return distance
+
+
+def kolmogorov_smirnov(a: Values, b: Values) -> Values:
+    """Largest difference of the columns' cumulative distributions, (n, C) and (m, C) to (C,).
+
+    Between 0 and 1; unlike the Wasserstein distance it does not grow with a few far values.
+
+    >>> kolmogorov_smirnov(np.array([[0.0], [2.0]]), np.array([[1.0], [3.0], [3.0], [5.0]]))
+    array([0.75])
+    """
+    differences, widths = _cumulative(a, b)
+    distance: Values = np.where(widths > 0, differences, 0).max(0)
+    return distance
+
+
+def _cumulative(a: Values, b: Values) -> tuple[Values, Values]:
+    """Between neighbouring values: how much the cumulative distributions differ; how far apart."""
     both = np.concatenate([a, b])
     order = both.argsort(0)
     steps = np.where(order < len(a), 1 / len(a), -1 / len(b)).cumsum(0)
     widths = np.diff(np.take_along_axis(both, order, 0), axis=0)
-    distance: Values = (np.abs(steps[:-1]) * widths).sum(0)
-    return distance
+    return np.abs(steps[:-1]), widths
 
 
 def _row(key: Key, kind: str, samples: Samples, seed: int) -> Row:
@@ -257,7 +281,7 @@ def _row(key: Key, kind: str, samples: Samples, seed: int) -> Row:
     varies = spread > 1e-6 * np.abs(training).max(0)
     channels = int(varies.sum())
     if not channels:  # dead in training: there is nothing to measure by
-        return Row(*key[:1], kind, key[1], 0, math.nan, math.nan, math.nan)
+        return Row(key[0], kind, key[1], 0, *[math.nan] * 5)
     training, spread = training[:, varies], spread[varies]
 
     def distance(values: Values) -> float:
@@ -268,8 +292,11 @@ def _row(key: Key, kind: str, samples: Samples, seed: int) -> Row:
         distance(training[random.integers(len(training), size=len(samples.whole))])
         for _ in range(DRAWS)
     ]
-    whole, local = distance(samples.whole[:, varies]), distance(samples.local[:, varies])
-    return Row(key[0], kind, key[1], channels, whole, local, float(np.mean(draws)))
+    full = [samples.whole[:, varies], samples.local[:, varies]]
+    apart = [float(kolmogorov_smirnov(training, values).mean()) for values in full]
+    chance = float(np.mean(draws))
+    whole, local = map(distance, full)
+    return Row(key[0], kind, key[1], channels, whole, local, chance, *apart)
 
 
 # Table and picture ----------------------------------------------------------------------------
@@ -280,25 +307,30 @@ def _sheet(found: Statistics) -> Sheet:
         "Distances from the training crops, in standard deviations of a channel over them, mean "
         f"over channels: {found.crops} crops of {_pixels(found.local.train_size)}, "
         f"{found.pictures} full pictures, windows of {_pixels(found.local.window)}. Chance: as "
-        "many training crops as there are pictures, drawn at random."
+        "many training crops as there are pictures, drawn at random. KS: the largest difference of "
+        "the cumulative distributions, mean over channels."
     ]
     if found.not_covered:
         listed = "; ".join(f"{name} ({reason})" for name, reason in found.not_covered.items())
         notes.append(f"Not covered: {listed}.")
     return Sheet(
         f"What {found.network} aggregates",
-        ("operation", "kind", "statistic", "global", "local", "chance"),
+        ("operation", "kind", "statistic", "global", "local", "chance", "global KS", "local KS"),
         [
             (
                 row.operation or "(the network)",
                 row.kind,
                 row.statistic,
-                *(f"{value:.2f}" for value in (row.whole, row.local, row.chance)),
+                *(f"{value:.2f}" for value in _distances(row)),
             )
             for row in found.rows
         ],
         notes,
     )
+
+
+def _distances(row: Row) -> tuple[float, ...]:
+    return row.whole, row.local, row.chance, row.whole_ks, row.local_ks
 
 
 def _pixels(size: object) -> str:
