@@ -13,10 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+
+hypothesis.settings.register_profile("fullres", deadline=None)  # machines may be busy
+hypothesis.settings.load_profile("fullres")
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 

@@ -82,7 +82,7 @@ class Given:
                     f"{name}: does not ask for the {condition}, it was trained for a certain one "
                     f"or for any; leave out {option}"
                 )
-            if value is None and spec.condition == condition:
+            if value is None and spec.condition == condition and not spec.blind:
                 raise FullresError(f"{name}: needs the {condition}; give it with {option}")
         if self.bayer and (spec.task not in (None, "demosaic") or spec.in_channels != 3):
             raise FullresError(f"{name}: does not restore mosaics; leave out --bayer")
@@ -219,7 +219,8 @@ def as_input(picture: Tensor, spec: Spec, value: float | None, path: Path) -> Te
     Raises:
         FullresError: the picture's channels do not fit the network.
     """
-    channels, wanted = picture.shape[0], spec.in_channels - (value is not None)
+    channels = picture.shape[0]
+    wanted = spec.in_channels - (value is not None and not spec.blind)
     if channels == wanted:
         x = picture[None]
     elif channels == 1:

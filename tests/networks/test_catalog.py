@@ -15,7 +15,7 @@ from torch import nn
 from fullres.errors import NetworkError
 from fullres.networks import nafnet
 from fullres.networks.catalog import bundled, create_network, networks, open_network
-from fullres.networks.instantiate import create
+from fullres.networks.instantiate import _task_of, create
 from fullres.networks.spec import count
 
 OPTIONS = {"width": 4, "middle_blk_num": 1, "enc_blk_nums": [1, 2], "dec_blk_nums": [1, 1]}
@@ -306,3 +306,28 @@ def test_files_that_are_no_checkpoints(tmp_path, content):
 
 def test_a_folder(tmp_path):
     assert "is a folder" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "file", "task"),
+    [
+        ("restormer", "motion_deblurring.pth", "deblur"),
+        ("restormer", "single_image_defocus_deblurring.pth", "defocus"),
+        ("restormer", "gaussian_color_denoising_blind.pth", "denoise"),
+        ("restormer", "deraining.pth", "derain"),
+        ("restormer", "mine.pth", None),
+        ("nafnet", "NAFNet-GoPro-width32.pth", "deblur"),
+        ("nafnet", "NAFNet-SIDD-width64.pth", "denoise"),
+        ("nafnet", "deraining.pth", None),
+        ("hinet", "HINet-Rain13k.pth", "derain"),
+        ("panet", "CAR_q10.pt", "jpeg"),
+        ("spdnet", "anything.pth", "derain"),
+    ],
+)
+def test_the_name_of_a_published_file_tells_its_task(architecture, file, task):
+    found = networks()[architecture]
+    assert (_task_of(Path(file).stem, found) or _only(found.tasks)) == task
+
+
+def _only(tasks):
+    return tasks[0] if len(tasks) == 1 else None

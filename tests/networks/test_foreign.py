@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from skimage import data
+from skimage import io as skio
 from skimage.metrics import peak_signal_noise_ratio
 from torch import nn
 
@@ -349,3 +350,28 @@ def test_a_grey_network_restores_grey_and_colour_pictures(tmp_path, picture, cap
 def test_a_network_of_unknown_training_size():
     network = open_network(DNCNN)
     assert settings_for(copy.copy(network)) is not None
+
+
+def test_fbcnn_is_told_the_jpeg_quality_or_estimates_it(tmp_path):
+    torch.manual_seed(0)
+    arch = import_module("spandrel.architectures.FBCNN")
+    model = arch.FBCNN(nc=[8, 8, 16, 512], nb=2).eval()
+    torch.save(model.state_dict(), tmp_path / "fbcnn.pth")
+    network = open_network(tmp_path / "fbcnn.pth")
+    assert (network.spec.condition, network.spec.blind, network.spec.in_channels) == (
+        "JPEG quality",
+        True,
+        3,
+    )
+    assert "JPEG quality (--jpeg-quality), if it is known" in describe(network)
+    x = torch.rand(1, 3, 16, 24)
+    with torch.no_grad():
+        assert torch.equal(network.module(x), model(x)[0])
+        told = torch.cat([x, torch.full((1, 1, 16, 24), 0.3)], 1)
+        assert torch.equal(network.module(told), model(x, torch.tensor([[0.7]]))[0])
+    skio.imsave(tmp_path / "in.png", data.chelsea()[:40, :50])
+    for quality in (None, 20):
+        target = tmp_path / f"out-{quality}.png"
+        fr.restore(tmp_path / "in.png", target, network, jpeg_quality=quality, train_size=32)
+    estimated, at_20 = (skio.imread(tmp_path / f"out-{q}.png") for q in (None, 20))
+    assert (estimated != at_20).any()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import NoneType
@@ -34,6 +35,9 @@ _SINGLY = {"DDColor", "IPT", "SeemoRe"}
 """Architectures that take one picture, not a batch of several."""
 _CONDITIONED = {"DRUNet", "DnCNN"}
 """Architectures that may take the noise level as one more channel, which spandrel makes up."""
+
+_BLIND = {"FBCNN"}
+"""Architectures that estimate the JPEG quality where it is not given."""
 
 _REFUSED = {
     "FaceSR": "restores aligned pictures of one face, not pictures of any kind",
@@ -150,6 +154,7 @@ def network_of(descriptor: ImageModelDescriptor[Any]) -> Network:
             "take a checkpoint from before its training diverged"
         )
     conditioned = is_conditioned(descriptor)
+    told = descriptor.architecture.id in _BLIND
     spec = Spec(
         architecture=name,
         hyperparameters=_plain(getattr(descriptor.model, "hyperparameters", {})),
@@ -157,7 +162,8 @@ def network_of(descriptor: ImageModelDescriptor[Any]) -> Network:
         out_channels=given,
         scale=descriptor.scale,
         multiple=descriptor.size_requirements.multiple_of,
-        condition="noise level" if conditioned else None,
+        condition="noise level" if conditioned else "JPEG quality" if told else None,
+        blind=told,
         task=_TASKS[purpose],
     )
     return Network(wrapped(descriptor).eval(), spec)
@@ -166,16 +172,28 @@ def network_of(descriptor: ImageModelDescriptor[Any]) -> Network:
 def wrapped(descriptor: ImageModelDescriptor[Any]) -> Foreign:
     """A descriptor's module made to take pictures of any size, sharing its parameters."""
     needs = descriptor.size_requirements
+    # what the public call adds (inference mode, clamping) would hide the network from autograd
+    call: Callable[[nn.Module, Tensor], Tensor] = descriptor._call_fn
+    if is_conditioned(descriptor):
+        call = nn.Module.__call__
+    elif descriptor.architecture.id in _BLIND:
+        call = partial(_told_the_quality, channels=descriptor.input_channels)
     return Foreign(
         descriptor.model,
-        # what the public call adds (inference mode, clamping) would hide the network from autograd
-        nn.Module.__call__ if is_conditioned(descriptor) else descriptor._call_fn,
+        call,
         scale=descriptor.scale,
         multiple=needs.multiple_of,
         minimum=max(needs.minimum, 1),
         square=needs.square,
         singly=descriptor.architecture.id in _SINGLY,
     )
+
+
+def _told_the_quality(model: nn.Module, x: Tensor, channels: int) -> Tensor:
+    """FBCNN (Jiang et al., ICCV 2021): it takes 1 - quality / 100, or estimates it."""
+    picture, quality = x[:, :channels], x[:, channels:, 0, 0]
+    y: Tensor = (model(picture, 1 - quality) if x.shape[1] > channels else model(picture))[0]
+    return y
 
 
 def is_conditioned(descriptor: ImageModelDescriptor[Any]) -> bool:

@@ -48,7 +48,7 @@ def describe(network: Network) -> str:
 
 def _input(spec: Spec) -> str:
     """What a user has to give, in words."""
-    channels = spec.in_channels - (spec.condition is not None)
+    channels = spec.in_channels - (spec.condition is not None and not spec.blind)
     kind = {1: "grey pictures", 3: "colour pictures"}.get(channels, f"maps of {channels} channels")
     if spec.frames_lost is not None:
         kind = "video"
@@ -58,7 +58,10 @@ def _input(spec: Spec) -> str:
         how = "as they are" if spec.mosaic == "samples" else "interpolated by fullres"
         kind = f"mosaics of a Bayer sensor (--bayer), {how}"
     told = {"noise level": "--noise-level", "JPEG quality": "--jpeg-quality"}
-    beside = f", and the {spec.condition} ({told[spec.condition]})" if spec.condition else ""
+    beside = ""
+    if spec.condition:
+        known = ", if it is known" if spec.blind else ""
+        beside = f", and the {spec.condition} ({told[spec.condition]}){known}"
     return f"{kind}{beside}; values from 0 to {spec.value_range:g}"
 
 

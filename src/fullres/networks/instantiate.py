@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -43,7 +44,11 @@ def load(checkpoint: Checkpoint, architectures: Collection[Architecture]) -> Net
             best = min(claims, key=lambda claim: claim.misfits)
             other = best.differences["lacks"] or best.differences["has unexpected"]
             network = _foreign(checkpoint, forgiving=True) if other else None
-            return network or Network(_restored(best), _spec(*best[:2], checkpoint.metadata))
+            if network is not None:
+                return network
+            spec = _spec(*best[:2], checkpoint.metadata)
+            task = spec.task or _task_of(checkpoint.path.stem, best.architecture)
+            return Network(_restored(best), replace(spec, task=task))
     network = _foreign(checkpoint)
     if network is not None:
         return network
@@ -175,6 +180,26 @@ def _spec(
         spec, task=spec.task or task, train_size=spec.train_size or architecture.train_size
     )
     return _as_told(published, metadata)
+
+
+_TASKS = {
+    "defocus": "defocus",
+    "demosaic": "demosaic",
+    "deblur|gopro|hide|reds|motion": "deblur",
+    "derain|rain": "derain",
+    "dehaz|haz": "dehaze",
+    "denois|sidd|sigma": "denoise",
+    "jpeg|car": "jpeg",
+}
+"""Words in the names of published files, and the task that each tells."""
+
+
+def _task_of(stem: str, architecture: Architecture) -> str | None:
+    """The task that a file's name tells, if it is one of those that weights were published for."""
+    for words, task in _TASKS.items():
+        if task in architecture.tasks and re.search(words, stem, re.IGNORECASE):
+            return task
+    return None
 
 
 def _as_told(spec: Spec, metadata: Mapping[str, str]) -> Spec:

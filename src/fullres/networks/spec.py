@@ -41,6 +41,9 @@ class Spec:
     condition: Literal["noise level", "JPEG quality"] | None = None
     """What the last channel of the input tells, the same at every pixel: the standard deviation
     of the noise (white is 1), or the quality of the JPEG over 100."""
+    blind: bool = False
+    """Whether a network with a condition also runs without that channel, which then is not among
+    `in_channels`, and estimates it."""
     mosaic: Literal["samples", "interpolated"] = "samples"
     """How a network that restores mosaics takes them: samples with 0 for the colours that are not
     there, or colours interpolated by Malvar's gradient-corrected filters."""

@@ -202,7 +202,8 @@ def _hyperparameters(state: State) -> dict[str, Any] | None:
     deepest = f"down_path.{depth - 1}.attention.{_SQUEEZED.get(found['attention'])}"
     if deepest in state:
         reduced, channels = state[deepest].shape[:2]
-        found["reduction"] = channels // reduced
+        usual = max(channels // 16, 1) == reduced
+        found["reduction"] = 16 if usual else channels // reduced
     return found
 
 

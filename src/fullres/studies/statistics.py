@@ -361,10 +361,13 @@ def figure(found: Statistics, layer: str | None = None) -> Figure:
     axes = plain(
         right.subplots(),
         f"Distance from training crops{f', the {BARS} largest' if len(found.rows) > BARS else ''}",
-        "standard deviations over the training crops",
+        "largest difference of cumulative distributions (KS)",
     )
     labels = [f"{shortened(row.operation or '(the network)')}, {row.statistic}" for row in bars]
-    values = {"global": [row.whole for row in bars], "local": [row.local for row in bars]}
+    values = {
+        "global": [row.whole_ks for row in bars],
+        "local": [row.local_ks for row in bars],
+    }
     paired_bars(axes, labels, values)
     return drawn
 
