@@ -361,7 +361,7 @@ def figure(found: Statistics, layer: str | None = None) -> Figure:
     axes = plain(
         right.subplots(),
         f"Distance from training crops{f', the {BARS} largest' if len(found.rows) > BARS else ''}",
-        "largest difference of cumulative distributions (KS)",
+        "Kolmogorov-Smirnov distance",
     )
     labels = [f"{shortened(row.operation or '(the network)')}, {row.statistic}" for row in bars]
     values = {
