@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from fullres.errors import ConversionError
-from fullres.local.functional import Call, Watch
-from fullres.shadow import quiet, shadow
+from fullres.local.watch import Call, Watch
+from fullres.shadow import CopyError, quiet, shadow
 
 Shape = tuple[int, ...]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and by name, of one call."""
 
 FRAMES = 5
 """Of the video that a network is tried on."""
@@ -34,17 +36,13 @@ class Shadow:
     mode: FakeTensorMode | None
     """Mode of the fake tensors, None where the shadow computes for real."""
 
-    def run(self, inputs: tuple[Any, ...]) -> Any:
+    def run(self, inputs: tuple[Any, ...], watch: Watch | None = None) -> Any:
         """Run once, without gradients."""
         context: AbstractContextManager[Any] = self.mode or nullcontext()
-        with torch.no_grad(), context, quiet():
+        above: AbstractContextManager[Any] = watch or nullcontext()
+        beneath: AbstractContextManager[Any] = watch.beneath if watch else nullcontext()
+        with torch.no_grad(), above, context, quiet(), beneath:
             return self.module(*inputs)
-
-    def watched(self, inputs: tuple[Any, ...]) -> tuple[Any, tuple[Call, ...]]:
-        """Run once; the result and the calls of functions that may be global."""
-        with Watch() as watch:
-            result = self.run(inputs)
-        return result, tuple(watch.calls)
 
     def enlarged(self, inputs: tuple[Any, ...], factor: int) -> tuple[Any, ...]:
         """Inputs like these at `factor` times their height and width."""
@@ -67,19 +65,25 @@ class Calibration:
     """Inputs that the shadow runs on, at the training size."""
     seen: dict[str, list[Shape]]
     """Shapes of the calls of each module, by its name."""
+    arguments: dict[str, Arguments]
+    """Those of the first call of each module, by its name."""
     calls: tuple[Call, ...]
-    """Calls of functions that may be global."""
+    """Calls that may be global."""
 
 
 @contextmanager
-def _recorded(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Shape]]]:
-    """Shape of the first tensor argument of each call of the named modules, in order."""
+def _recorded(
+    module: nn.Module, names: Sequence[str]
+) -> Iterator[tuple[dict[str, list[Shape]], dict[str, Arguments]]]:
+    """Of the named modules: shapes of the first tensor of each call, arguments of the first."""
     seen: dict[str, list[Shape]] = {name: [] for name in names}
+    arguments: dict[str, Arguments] = {}
 
     def recorder(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             seen[name].append(() if first is None else tuple(first.shape))
+            arguments.setdefault(name, (args, kwargs))
 
         return record
 
@@ -88,7 +92,7 @@ def _recorded(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, lis
         for name in names
     ]
     try:
-        yield seen
+        yield seen, arguments
     finally:
         for handle in handles:
             handle.remove()
@@ -113,12 +117,15 @@ def calibrate(
                 mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
                 found = Shadow(shadow(module, mode), mode)
                 inputs = guess if mode is None else _faked(guess, mode)
-                with _recorded(found.module, names) as seen:
-                    _, calls = found.watched(inputs)
+                watch = Watch(inputs)
+                with _recorded(found.module, names) as (seen, arguments):
+                    calls = watch.calls(found.run(inputs, watch))
+            except CopyError:
+                raise
             except Exception as error:  # noqa: BLE001 - any failure only means: try the next way
                 failure = failure or error
             else:
-                return Calibration(found, inputs, seen, calls)
+                return Calibration(found, inputs, seen, arguments, calls)
     tried = "the example"
     if example is None:
         channels = " or ".join(str(x.shape[1]) for (x,) in guesses if x.dim() == 4)

@@ -2,98 +2,35 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from fullres.errors import ConversionError
-from fullres.local.calibrate import Calibration, Shadow, Shape, calibrate, first_words
+from fullres.local.agreement import disagreement, options_of, own_local
+from fullres.local.calibrate import Arguments, Shadow, Shape, calibrate, first_words
+from fullres.local.called import called
 from fullres.local.forms import (
     CountsCalls,
     Form,
     Gives,
     LocalForm,
     LocalModule,
-    Window,
     form_of,
     mixed,
     take_form,
 )
-from fullres.local.functional import Call, LocalCalls, Site
+from fullres.local.functional import LocalCalls
+from fullres.local.operations import NOT_TAKEN, Operation, Plan, windows_of
 from fullres.local.pooled import ChangedInPlaceError, Pooled, calls_on_pooled
 from fullres.local.rules import RULES, LocalAvgPool2d, LocalMaxPool2d, Stays
 from fullres.local.settings import Local
-from fullres.local.table import table
+from fullres.local.watch import Call, Watch
 
-NOT_TAKEN = "is not among those that `only` asks for"
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One global operation of a network, and what becomes of it."""
-
-    names: tuple[str, ...]
-    """Every name under which the network holds the module ("" for the network itself)."""
-    kind: str
-    """Average pool, instance norm, …"""
-    module: nn.Module
-    shapes: tuple[Shape, ...] = ()
-    """Shape of its input in each call at calibration."""
-    windows: tuple[Window, ...] = ()
-    """Its window, or one a call where they differ; in positions of its own map."""
-    form: Form | None = None
-    """Its local form; None where it stays global."""
-    reason: str | None = None
-    """Why it stays as it is."""
-    is_global: bool = True
-    """Whether its result, as it is, depends on the whole picture."""
-    site: Site | None = None
-    """Where the module's forward calls it, if it is a function and not the module itself."""
-
-    @property
-    def name(self) -> str:
-        """The first name of its module."""
-        return self.names[0]
-
-    @property
-    def label(self) -> str:
-        """What a report calls it."""
-        names = " = ".join(name or "(the network)" for name in self.names)
-        return names if self.site is None else f"{names}, {self.site}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `convert` would do to a network. Printed, it is a table."""
-
-    network: str
-    """Class of the network."""
-    local: Local
-    operations: tuple[Operation, ...]
-    """Every global operation found, in the order of the network's modules."""
-
-    @property
-    def converted(self) -> tuple[Operation, ...]:
-        """The operations that become local."""
-        return tuple(op for op in self.operations if op.form is not None)
-
-    @property
-    def kept(self) -> tuple[Operation, ...]:
-        """The operations that stay global, each with its reason."""
-        return tuple(op for op in self.operations if op.form is None)
-
-    @property
-    def still_global(self) -> tuple[Operation, ...]:
-        """The operations whose result goes on to depend on the whole picture."""
-        return tuple(op for op in self.kept if op.is_global)
-
-    def __str__(self) -> str:
-        return table(self)
+__all__ = ["Operation", "Plan", "forms_taken", "plan"]
 
 
 def plan(module: nn.Module, local: Local, example: Any = None) -> Plan:
@@ -135,9 +72,14 @@ def plan(module: nn.Module, local: Local, example: Any = None) -> Plan:
     size = local.train_size
     assert isinstance(size, tuple)
     calibration = calibrate(module, [op.name for op in found], size, example)
-    operations = [_planned(op, calibration.seen[op.name], local) for op in found]
-    larger = _Larger(calibration.shadow, calibration.shadow.enlarged(calibration.inputs, 2))
-    operations += _called(module, operations, calibration, larger, local)
+    tried: dict[Any, str | None] = {}
+    operations = [
+        _planned(op, calibration.seen[op.name], calibration.arguments.get(op.name), local, tried)
+        for op in found
+    ]
+    shadow = calibration.shadow
+    larger = _Larger(shadow, shadow.enlarged(calibration.inputs, 2))
+    operations += called(module, operations, shadow.module, calibration.calls, larger.calls, local)
     _check_used(local, operations)
     return Plan(type(module).__name__, local, _that_run(operations, larger))
 
@@ -172,24 +114,24 @@ def _check_used(local: Local, operations: Sequence[Operation]) -> None:
                 f"there is a window for {kind!r}, but the network's operations are of the kinds "
                 f"{', '.join(map(repr, kinds)) or '(none found)'}"
             )
-    if local.stride is not None and not any("stride" in _options(op.module) for op in operations):
+    if local.stride is not None and not any("stride" in options_of(op.module) for op in operations):
         raise ConversionError(
             "there is a stride, but nothing in the network attends within overlapping windows"
         )
 
 
-def _options(module: nn.Module) -> Iterable[str]:
-    """Names of what a module's `to_local` takes, if it has one."""
-    own = getattr(module, "to_local", None)
-    return inspect.signature(own).parameters if callable(own) else ()
-
-
-def _planned(op: Operation, shapes: Sequence[Shape], local: Local) -> Operation:
+def _planned(
+    op: Operation,
+    shapes: Sequence[Shape],
+    arguments: Arguments | None,
+    local: Local,
+    tried: dict[Any, str | None],
+) -> Operation:
     """The operation with its windows and local form, or with the reason it stays global."""
     op = replace(op, shapes=tuple(shapes))
     if op.reason is not None:
         return op
-    if not shapes:
+    if arguments is None:
         return replace(op, reason="is not called in a forward pass", is_global=False)
     if not local.takes(op.names, op.module):
         return replace(op, reason=NOT_TAKEN)
@@ -198,23 +140,36 @@ def _planned(op: Operation, shapes: Sequence[Shape], local: Local) -> Operation:
     for shape in shapes:
         if len(shape) not in ((4,) if rule is None else rule.dims):
             return replace(op, reason=f"is called on {len(shape)} dimensions, not on a map")
-    windows = _windows(op.kind, shapes, local)
-    if rule is not None:
-        mixin = rule.look(op.module)
-        assert isinstance(mixin, type)
-        form = Form(mixed(mixin, type(op.module)), {"local_windows": windows})
-    elif len({shape[-2:] for shape in shapes}) == 1:
-        form = _own_form(op.module, windows[0], shapes[0][-2:], local)
-    else:
-        return replace(op, reason="is called at several sizes, its local form has one window")
+    if rule is None:
+        return _with_own_form(op, arguments, local, tried)
+    windows = windows_of(op.kind, shapes, local)
+    mixin = rule.look(op.module)
+    assert isinstance(mixin, type)
+    form = Form(mixed(mixin, type(op.module)), {"local_windows": windows})
     return replace(op, windows=windows, form=form)
 
 
-def _own_form(module: Any, window: Window, feature: Shape, local: Local) -> Form:
-    """The form that a module's `to_local` gives, told what it asks for by its parameters."""
-    options = {"feature_size": feature, "stride": local.stride_at((feature[0], feature[1]))}
-    taken = {name: value for name, value in options.items() if name in _options(module)}
-    return form_of(module, module.to_local(window, **taken))
+def _with_own_form(
+    op: Operation, arguments: Arguments, local: Local, tried: dict[Any, str | None]
+) -> Operation:
+    """The operation with the form that its module's `to_local` gives, if that holds."""
+    features = {(shape[-2], shape[-1]) for shape in op.shapes}
+    if len(features) > 1:
+        return replace(op, reason="is called at several sizes, its local form has one window")
+    (feature,) = features
+    windows = windows_of(op.kind, op.shapes, local)
+    try:
+        own = own_local(op.module, windows[0], feature, local.stride_at(feature))
+        form = form_of(op.module, own)
+    except Exception as error:  # noqa: BLE001 - a stranger's method may raise anything
+        return replace(op, reason=f"its `to_local` fails ({first_words(error, 110)})")
+    parameters = tuple(tuple(p.shape) for p in op.module.parameters())
+    alike = (type(op.module), repr(op.module), parameters, op.shapes[0])
+    if alike not in tried:
+        tried[alike] = disagreement(op.module, arguments, feature)
+    if tried[alike] is not None:
+        return replace(op, reason=tried[alike])
+    return replace(op, windows=windows, form=form)
 
 
 class _Larger:
@@ -222,13 +177,14 @@ class _Larger:
 
     def __init__(self, shadow: Shadow, inputs: tuple[Any, ...]) -> None:
         self.shadow, self.inputs = shadow, inputs
-        self.calls: tuple[Call, ...] = ()
         self.wanted: Any
+        watch, result = Watch(inputs), None
         try:
-            result, self.calls = shadow.watched(inputs)
+            result = shadow.run(inputs, watch)
             self.wanted = _shapes(result)
         except Exception as error:  # noqa: BLE001 - a stranger's network may raise anything
             self.wanted = error
+        self.calls: tuple[Call, ...] = watch.calls(result)
 
     def trial(self, operations: Sequence[Operation]) -> Any:
         """Shapes that the shadow gives with these operations local, or what it raises."""
@@ -243,61 +199,6 @@ class _Larger:
         finally:
             for part, original in reversed(taken):
                 take_form(part, original)
-
-
-def _called(
-    module: nn.Module,
-    operations: Sequence[Operation],
-    calibration: Calibration,
-    larger: _Larger,
-    local: Local,
-) -> list[Operation]:
-    """Global operations that the forwards of modules call as functions."""
-    shadow = calibration.shadow.module
-    # what a module's own local form or rule covers is not found a second time
-    known = {id(part) for op in operations for part in shadow.get_submodule(op.name).modules()}
-    names: dict[int, list[str]] = {}
-    for name, part in shadow.named_modules(remove_duplicate=False):
-        names.setdefault(id(part), []).append(name)
-    calls: dict[tuple[int, Site], list[tuple[Call, bool]]] = {}
-    for call, grows in _compared(calibration.calls, larger.calls):
-        if id(call.module) not in known and id(call.module) in names:
-            calls.setdefault((id(call.module), call.site), []).append((call, grows))
-    found = []
-    for (owner, site), seen in calls.items():
-        if not any(grows for _, grows in seen):
-            continue
-        part = module.get_submodule(names[owner][0])
-        op = Operation(tuple(names[owner]), seen[0][0].name, part, site=site)
-        if not local.takes(op.names, part):
-            found.append(replace(op, reason=NOT_TAKEN))
-        elif all(grows and call.map is not None for call, grows in seen):
-            shapes = tuple(call.map for call, _ in seen if call.map is not None)
-            windows = _windows(op.kind, shapes, local)
-            form = Form(mixed(LocalCalls, type(part)), {"local_sites": {site: windows}})
-            found.append(replace(op, shapes=shapes, windows=windows, form=form))
-        else:
-            found.append(replace(op, reason="acts over all positions, and no rule covers it"))
-    return found
-
-
-def _compared(calls: Sequence[Call], later: Sequence[Call]) -> list[tuple[Call, bool]]:
-    """Each call of a pass, and whether it reduces over more in the pass at the larger size.
-
-    Where the passes do not compare, a call that reduces a map counts as one that grows.
-    """
-    alike = [c.name for c in calls] == [c.name for c in later]
-    if not alike:
-        return [(call, call.map is not None) for call in calls]
-    return [
-        (a, math.prod(b.reduced) > math.prod(a.reduced)) for a, b in zip(calls, later, strict=True)
-    ]
-
-
-def _windows(kind: str, shapes: Sequence[Shape], local: Local) -> tuple[Window, ...]:
-    """The window of each call, or the one that they share."""
-    windows = tuple(local.window_at((shape[-2], shape[-1]), kind) for shape in shapes)
-    return windows[:1] if len(set(windows)) == 1 else windows
 
 
 def forms_taken(module: nn.Module, operations: Sequence[Operation]) -> list[tuple[nn.Module, Form]]:
@@ -325,7 +226,7 @@ def _that_run(operations: list[Operation], larger: _Larger) -> tuple[Operation, 
 
     All together first; only if that fails, one after the other, which names the culprits.
     """
-    itself = any(op.name == "" and op.site is None for op in operations)
+    itself = any(op.name == "" and op.form is not None and _pools(op.form) for op in operations)
     if isinstance(larger.wanted, Exception) or itself:
         return tuple(operations)  # it takes no other size, or is itself the one operation
     as_vectors = [_giving(op, "vectors") for op in operations]
@@ -345,6 +246,11 @@ def _that_run(operations: list[Operation], larger: _Larger) -> tuple[Operation, 
                 op = replace(op, form=None, windows=(), reason=_blame(result))
         accepted.append(op)
     return tuple(accepted)
+
+
+def _pools(form: Form) -> bool:
+    """Whether it gives a map where one value a channel came out."""
+    return issubclass(form.cls, LocalAvgPool2d | LocalMaxPool2d)
 
 
 def _giving(op: Operation, what: Gives, defers: bool = False) -> Operation:

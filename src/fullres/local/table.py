@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fullres.local.plan import Operation, Plan
+    from fullres.local.operations import Operation, Plan
 
 
 def table(plan: Plan) -> str:
@@ -35,7 +35,7 @@ def table(plan: Plan) -> str:
     if not count:
         return "\n".join([*lines, "", "No global operation found."])
     become = len(plan.converted)
-    verb, plural = ("becomes" if become == 1 else "become"), ("" if count == 1 else "s")
+    verb, plural = ("becomes" if 1 in (become, count) else "become"), ("" if count == 1 else "s")
     return "\n".join([*lines, "", f"{become} of {count} global operation{plural} {verb} local."])
 
 
