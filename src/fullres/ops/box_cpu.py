@@ -7,21 +7,19 @@ every window of the row. Two memory layouts are served in place: maps whose rows
 
 Sums are carried in float64, so that the error stays near 1e-16 of the largest magnitude on the
 plane, whatever the size of map and window; the variance is summed about a pixel of the plane.
-The threads are our own: Numba's default pool must not be entered by two threads at once.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
+
+from fullres.ops.threads import split, spread
 
 _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
@@ -108,43 +106,6 @@ def _flat(x: Tensor) -> Any:
     """The memory that `x` spans, as a one-dimensional array that shares it."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return x.detach().as_strided((span,), (1,)).numpy()
-
-
-def split(count: int, parts: int) -> list[tuple[int, int]]:
-    """`count` things in at most `parts` runs of nearly equal length, as (first, last + 1)."""
-    parts = max(1, min(parts, count))
-    edges = [count * part // parts for part in range(parts + 1)]
-    return list(pairwise(edges))
-
-
-_pool: ThreadPoolExecutor | None = None
-
-
-def spread(jobs: list[tuple[Any, ...]]) -> None:
-    """Run the jobs in this thread and as many others as torch uses, each taking the next one."""
-    global _pool
-    waiting = iter(jobs)
-
-    def work() -> None:
-        for kernel, *arguments in waiting:
-            kernel(*arguments)
-
-    helpers = min(torch.get_num_threads(), len(jobs)) - 1
-    if helpers > 0 and _pool is None:
-        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fullres-box")
-    begun = [_pool.submit(work) for _ in range(helpers) if _pool is not None]
-    work()
-    for future in begun:
-        future.result()
-
-
-def _forget_pool() -> None:
-    global _pool
-    _pool = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)  # a forked child has none of the threads
 
 
 # The kernels. All take: the map and the results as flat memory, their strides (B, C, H, W), the

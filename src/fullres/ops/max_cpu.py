@@ -14,7 +14,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from fullres.ops.box_cpu import split, spread
+from fullres.ops.threads import split, spread
 
 _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 

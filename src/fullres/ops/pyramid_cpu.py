@@ -6,14 +6,10 @@ rows with r fixed, the last three, summed along the diagonals, are a row of scor
 finds the shift and the sum of exponentials of each softmax, the second the weights, of which again
 the last three rows, summed along the diagonals, multiply a row of the values. Several r sweep side
 by side, so that a row of keys and values is used that often before it leaves the cache.
-
-The threads are our own: Numba's default pool must not be entered by two threads at once.
 """
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +27,7 @@ from fullres.ops.pyramid_vectors import (
     follow_mixed,
     follow_product,
 )
+from fullres.ops.threads import spread
 
 _jit = njit(nogil=True, cache=True, error_model="numpy")
 _f = np.float32
@@ -69,8 +66,8 @@ def attend(
         for strip in range(strips):
             work = _Work(*maps, _flat(parts[n, strip]))
             size = _Size(strip * QUERIES, height, width, channels, depth)
-            jobs.append((work, size, *statistics, levels_, rows, columns))
-    _spread(jobs)
+            jobs.append((_strip, work, size, *statistics, levels_, rows, columns))
+    spread(jobs)
     return _joined(parts[..., : v.shape[2]], width), top, total
 
 
@@ -145,31 +142,6 @@ def _joined(parts: Tensor, width: int) -> Tensor:
 
 def _flat(x: Tensor) -> Any:
     return x.detach().contiguous().view(-1).numpy()
-
-
-_pool: ThreadPoolExecutor | None = None
-
-
-def _spread(jobs: list[tuple[Any, ...]]) -> None:
-    global _pool
-    threads = torch.get_num_threads()
-    if min(len(jobs), threads) <= 1:
-        for job in jobs:
-            _strip(*job)
-        return
-    if _pool is None or _pool._max_workers != threads:
-        _pool = ThreadPoolExecutor(threads, thread_name_prefix="fullres-pyramid")
-    for future in [_pool.submit(_strip, *job) for job in jobs]:
-        future.result()
-
-
-def _forget_pool() -> None:
-    global _pool
-    _pool = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)  # a forked child has none of the threads
 
 
 # Sweeps ---------------------------------------------------------------------------------------
