@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fullres.networks.layers import product, total
 from fullres.networks.spec import Architecture, Spec, State, count
 
 REDUCTION = 8
@@ -20,7 +21,10 @@ GROUP_REDUCTION = 16
 
 
 class CALayer(nn.Module):
-    """Channel attention: (B, C, H, W) to the same, weighted by channel."""
+    """Channel attention: (B, C, H, W) to the same, weighted by channel.
+
+    The map is multiplied in its own memory where nothing is derived.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -29,11 +33,11 @@ class CALayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weights: Tensor = self.ca(self.avg_pool(x))
-        return x * weights
+        return product(x, weights)
 
 
 class PALayer(nn.Module):
-    """Pixel attention: (B, C, H, W) to the same, weighted by position."""
+    """Pixel attention: (B, C, H, W) to the same, weighted by position, in the same way."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -41,7 +45,7 @@ class PALayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weights: Tensor = self.pa(x)
-        return x * weights
+        return product(x, weights)
 
 
 class Block(nn.Module):
@@ -50,15 +54,14 @@ class Block(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.act1 = nn.ReLU()
+        self.act1 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.calayer = CALayer(channels)
         self.palayer = PALayer(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.act1(self.conv1(x)) + x
-        y = self.palayer(self.calayer(self.conv2(y)))
-        return x + y
+        y = total(self.act1(self.conv1(x)), x)
+        return total(self.palayer(self.calayer(self.conv2(y))), x)
 
 
 class Group(nn.Module):
@@ -70,8 +73,7 @@ class Group(nn.Module):
         self.gp = nn.Sequential(*(Block(channels) for _ in range(blocks)), last)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.gp(x)
-        return x + y
+        return total(self.gp(x), x)
 
 
 class FFANet(nn.Module):
@@ -137,14 +139,17 @@ class FFANet(nn.Module):
         weights: Tensor = self.ca(torch.cat(groups, 1))
         x = groups[0] * weights[:, : x.shape[1]]
         for group, weight in zip(groups[1:], weights.chunk(self.gps, 1)[1:], strict=True):
-            x = x + group * weight
+            x = total(x, group * weight)
         y: Tensor = self.post(self.palayer(x))
         return image + y
 
 
 def _attention(channels: int, squeezed: int, weights: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(channels, squeezed, 1), nn.ReLU(), nn.Conv2d(squeezed, weights, 1), nn.Sigmoid()
+        nn.Conv2d(channels, squeezed, 1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(squeezed, weights, 1),
+        nn.Sigmoid(),
     )
 
 

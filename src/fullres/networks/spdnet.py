@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fullres.networks.layers import product, total
 from fullres.networks.spec import Architecture, Spec, State, count
 
 PRIOR_CHANNELS = 32
@@ -51,7 +52,7 @@ class ConvLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.conv(_reflected(x))
-        return F.relu(y)
+        return F.relu_(y)
 
 
 class UpsampleLayer(nn.Module):
@@ -67,7 +68,10 @@ class UpsampleLayer(nn.Module):
 
 
 class SqueezeExcitation(nn.Module):
-    """Channel attention with linear layers on the pooled vector: (B, C, H, W) to the same."""
+    """Channel attention with linear layers on the pooled vector: (B, C, H, W) to the same.
+
+    The map is multiplied in its own memory where nothing is derived.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -82,7 +86,7 @@ class SqueezeExcitation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, channels = x.shape[:2]
         gate: Tensor = self.fc(self.avg_pool(x).view(batch, channels))
-        return x * gate.view(batch, channels, 1, 1)
+        return product(x, gate.view(batch, channels, 1, 1))
 
 
 class ResidualBlock(nn.Module):
@@ -92,14 +96,13 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.module_body = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(channels, channels, 3, padding=1),
         )
         self.se = SqueezeExcitation(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.se(self.module_body(x))
-        return y
+        return total(self.se(self.module_body(x)), x)
 
 
 class ResidualGroup(nn.Module):
@@ -113,7 +116,7 @@ class ResidualGroup(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.module_body(x))
+        return F.relu_(total(self.module_body(x), x))
 
 
 class PriorBlock(nn.Module):
@@ -135,8 +138,7 @@ class PriorBlock(nn.Module):
 def _gated(x: Tensor, attention: Tensor, gamma: nn.Module) -> Tensor:
     attended = x * attention
     own, shared = gamma(torch.cat([x, attended], 1)).chunk(2, 1)
-    gated: Tensor = x * own + attended * shared
-    return gated
+    return total(product(attended, shared), x * own)
 
 
 class Haar(nn.Module):
@@ -178,8 +180,7 @@ class Fuse(nn.Module):
         self.rb = ResidualBlock(channels)
 
     def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
-        y: Tensor = fine + self.up(self.rb(self.conv(coarse)), _size(fine))
-        return y
+        return total(self.up(self.rb(self.conv(coarse)), _size(fine)), fine)
 
 
 def _size(x: Tensor) -> tuple[int, int]:
@@ -230,10 +231,10 @@ class WaveletNetwork(nn.Module):
         for i, y in enumerate(levels):
             if i > 0:
                 up = self.get_submodule(f"branch{i + 1}_{turn}_u")
-                exchanged[i - 1] = exchanged[i - 1] + up(y, _size(levels[i - 1]))
+                exchanged[i - 1] = total(up(y, _size(levels[i - 1])), exchanged[i - 1])
             if i < 2:
                 down = self.get_submodule(f"branch{i + 1}_{turn}_d")
-                exchanged[i + 1] = exchanged[i + 1] + down(y)
+                exchanged[i + 1] = total(down(y), exchanged[i + 1])
         return exchanged
 
 
