@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fullres.local import Local, plan
+from fullres.local.calibrate import calibrate
 from fullres.local.reach import extent
 
 TRAIN = 16
@@ -103,6 +104,10 @@ def gram(x):
     return torch.einsum("bcd,bdl->bcl", torch.einsum("bcl,bdl->bcd", y, y), y).view_as(x)
 
 
+def first_of(x):
+    return torch.zeros(x[0, 0].numel(), dtype=torch.long, device=x.device)
+
+
 CALLS = {
     "linalg_vector_norm": lambda x: x / torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True),
     "linalg_norm": lambda x: x / torch.linalg.norm(x, dim=(2, 3), keepdim=True),
@@ -127,6 +132,9 @@ CALLS = {
     "logcumsumexp": lambda x: x.flatten(2).logcumsumexp(-1).view_as(x),
     "cosine_similarity": lambda x: F.cosine_similarity(x, x.square(), dim=3)[..., None],
     "histc": lambda x: x * torch.histc(x, 10).mean(),
+    "index_add": lambda x: (
+        x + x.new_zeros(1, 5, 1).index_add(2, first_of(x), x.flatten(2))[..., None]
+    ),
     "lp_pool2d": lambda x: F.lp_pool2d(x, 2.0, x.shape[2:]),
     "interpolate": lambda x: F.interpolate(x, size=1, mode="area"),
     "conv2d": lambda x: F.conv2d(x, torch.ones(5, 5, *x.shape[2:])),
@@ -202,12 +210,29 @@ WITHIN_REACH = {
     "batch norm": nn.BatchNorm2d(5),
     "weight norm": nn.utils.parametrizations.weight_norm(nn.Conv2d(5, 5, 3, padding=1)),
     "crop": lambda x: x[..., :8, :8] + x[..., -8:, -8:],
+    "splats": lambda x: x + torch.zeros_like(x).scatter_add(3, (x > 0).long(), x),
+    "comparisons": lambda x: x if torch.allclose(x, x.relu()) or torch.equal(x, x) else -x,
 }
 
 
 @pytest.mark.parametrize("name", WITHIN_REACH)
 def test_what_does_not_reach_over_the_map_is_not_reported(name):
     assert not plan(Behind(WITHIN_REACH[name]), Local(TRAIN)).operations
+
+
+class Asks(nn.Module):
+    """Asks its map where it is and of which type."""
+
+    def forward(self, x):
+        assert not x.is_cuda
+        return x + torch.ones(x.shape[2:], dtype=x.dtype, device=x.device)
+
+
+def test_a_plan_computes_nothing():
+    net = Behind(nn.Sequential(Asks(), nn.InstanceNorm2d(5), nn.LayerNorm([5, TRAIN, TRAIN])))
+    calibration = calibrate(net, ["part.1"], (TRAIN, TRAIN))
+    assert calibration.shadow.mode is not None
+    assert [call.name for call in calibration.calls if "norm" in call.name]
 
 
 def test_what_breaks_at_another_size_is_told_from_what_it_follows():

@@ -17,14 +17,13 @@ from torch.utils._pytree import tree_leaves
 
 _MOVES = {
     "cat", "stack", "gather", "take", "embedding", "index", "_unsafe_index", "index_put",
-    "_unsafe_index_put", "index_select", "index_add", "index_copy", "index_fill", "index_reduce",
-    "scatter", "scatter_add", "scatter_reduce", "select_scatter", "slice_scatter", "masked_select",
-    "masked_scatter", "nonzero", "roll", "flip", "repeat_interleave", "unsafe_split",
-    "unsafe_split_with_sizes", "squeeze", "unsqueeze", "constant_pad_nd", "grid_sampler_2d",
-    "grid_sampler_3d", "renorm",
+    "_unsafe_index_put", "index_select", "index_copy", "index_fill", "scatter", "select_scatter",
+    "slice_scatter", "masked_select", "masked_scatter", "nonzero", "roll", "flip",
+    "repeat_interleave", "unsafe_split", "unsafe_split_with_sizes", "squeeze", "unsqueeze",
+    "constant_pad_nd", "grid_sampler_2d", "grid_sampler_3d", "renorm",
 }  # fmt: skip
 """Operations that move values, or sample them, and take none together but neighbours."""
-_CHECKS = {"any", "all", "equal", "_local_scalar_dense"}
+_CHECKS = {"any", "all", "equal", "allclose", "_local_scalar_dense"}
 """Operations that answer yes or no, by which networks guard against NaN and the like."""
 
 Extent = Callable[[Mapping[str, Any], list[Tensor]], int]
@@ -100,6 +99,10 @@ def _group_norm(given: Mapping[str, Any], tensors: list[Tensor]) -> int:
     return int(given["HxW"]) * int(given["C"]) // int(given["group"])
 
 
+def _gathered(given: Mapping[str, Any], tensors: list[Tensor]) -> int:
+    return tensors[-1].numel() // max(tensors[0].numel(), 1)
+
+
 _BY_PART: dict[str, Extent] = {
     "convolution": _convolution,
     "scaled_dot_product": lambda _, tensors: tensors[1].shape[-2],
@@ -107,6 +110,11 @@ _BY_PART: dict[str, Extent] = {
     "transformer_encoder": lambda _, tensors: tensors[0].shape[1],
     "batch_norm": _batch_norm,
     "native_group_norm": _group_norm,
+    "index_add": _gathered,
+    "index_reduce": _gathered,
+    "scatter_add": _gathered,
+    "scatter_reduce": _gathered,
+    "unique": lambda _, tensors: tensors[0].numel(),
 }
 """Operations of many names, by what these have in common."""
 
@@ -157,8 +165,8 @@ class Reach(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not isinstance(func, torch._ops.OpOverload):
-            return func(*args, **kwargs)
+        if not isinstance(func, torch._ops.OpOverload) or func.namespace == "prim":
+            return func(*args, **kwargs)  # what only asks about a tensor, its device for instance
         if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
             with self:  # not yet taken apart: in inference mode
                 result = func.decompose(*args, **kwargs)
