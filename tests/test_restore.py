@@ -187,6 +187,15 @@ class Told:
     def end(self, outcome): ...
 
 
+def test_a_network_that_keeps_what_a_pass_computed_is_made_ready():
+    net = random_network()
+    net.module.last = net.module(torch.rand(1, 3, 32, 32))
+    with restoring.ready(net, fr.Local(32)) as restorer:
+        assert restorer.module.last.is_leaf
+        assert not restorer.has_global
+    assert not net.module.last.is_leaf
+
+
 def test_little_memory_means_tiles_and_global_statistics_say_so(tmp_path, net, monkeypatch, caplog):
     photo = make(tmp_path / "photo.png", 400, 300)
     make(tmp_path / "in" / "a.png", 400, 300)

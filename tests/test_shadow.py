@@ -69,10 +69,11 @@ def test_a_shadow_shares_no_kept_values():
     assert twin.conv.weight is net.conv.weight
 
 
-def test_what_cannot_be_copied_says_so():
-    net = Keeps()
-    net.lock = threading.Lock()
-    with pytest.raises(ConversionError, match=r"Keeps cannot be copied .*lock.*__deepcopy__"):
-        plan(net, Local(16))
-    with pytest.raises(ConversionError, match="cannot be copied"):
-        copied(net)
+@pytest.mark.parametrize(("path", "name"), [("", "guard"), ("1", "1.guard")])
+def test_what_cannot_be_copied_is_named(path, name):
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), Keeps())
+    net.get_submodule(path).guard = {"of": threading.Lock()}
+    wanted = rf"Sequential cannot be copied for the attribute `{name}` .*lock.*`__deepcopy__`"
+    for attempt in (lambda: plan(net, Local(16)), lambda: copied(net)):
+        with pytest.raises(ConversionError, match=wanted):
+            attempt()

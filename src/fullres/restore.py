@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import math
@@ -30,6 +29,7 @@ from fullres.memory import (
 from fullres.networks.catalog import open_network
 from fullres.networks.foreign import Foreign
 from fullres.networks.spec import Network, Spec
+from fullres.shadow import copied
 from fullres.tiles import Grid, Tile, halo_for, is_out_of_memory, paste, run_tiles
 
 log = logging.getLogger(__name__)
@@ -190,14 +190,15 @@ def ready(
         tile: as in `restore`.
 
     Raises:
-        FullresError: the device or data type is not there, or the network restores video.
+        FullresError: the device or data type is not there, or the network restores video or cannot
+            be copied.
     """
     spec = network.spec
     if spec.frames_lost is not None:
         raise FullresError(f"{spec.architecture}: restores video, not single pictures")
     where, kind = _device(device), _dtype(dtype)
     # the caller's network stays where and as it is
-    module = copy.deepcopy(network.module).eval().requires_grad_(False).to(where, kind)
+    module = copied(network.module).eval().requires_grad_(False).to(where, kind)
     if where.type == "cpu":
         module = module.to(memory_format=torch.channels_last)
     restorer = Restorer(module, spec, where, kind, None, settings is None, tile)

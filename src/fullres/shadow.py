@@ -70,9 +70,24 @@ def _copied(
             return copy.deepcopy(module, known)
     except Exception as error:
         raise CopyError(
-            f"{type(module).__name__} cannot be copied ({' '.join(str(error).split())}), and only "
-            "a copy is run; give the part that holds it a `__deepcopy__`, or create it on first use"
+            f"{type(module).__name__} cannot be copied for {_culprit(module)} "
+            f"({' '.join(str(error).split())}), and only a copy is run; give what holds it a "
+            "`__deepcopy__`, or create it on first use"
         ) from error
+
+
+def _culprit(module: nn.Module) -> str:
+    """Name of the attribute that keeps a module from being copied."""
+    for name, part in module.named_modules():
+        for attribute, value in vars(part).items():
+            if attribute == "_modules":  # whose own attributes have their turn
+                continue
+            try:
+                with _Detached(Tensor.detach):
+                    copy.deepcopy(value)
+            except Exception:  # noqa: BLE001 - whatever it is, this is the one
+                return f"the attribute `{name}.{attribute}`".replace("`.", "`")
+    return "the way it is put together"
 
 
 class _Detached(TorchFunctionMode):

@@ -94,6 +94,28 @@ def test_other_arguments_are_those_of_the_call():
     assert not plan(Outer(), Local(TRAIN)).kept
 
 
+def test_of_other_results_than_numbers_the_shapes_count():
+    class Many(Centred):
+        def forward(self, x, gain=1.0):
+            y = super().forward(x, gain)
+            return y, y > 0, torch.fft.rfft2(x), None
+
+        def to_local(self, window):
+            local = super().to_local(window)
+            local.__class__ = type("ManyLocally", (Many,), {"to_local": None})
+            return local
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Many()
+
+        def forward(self, x):
+            return self.inner(x)[0]
+
+    assert not plan(Outer(), Local(TRAIN)).kept
+
+
 def test_a_root_that_changes_shape_beyond_its_window_is_kept_global():
     class Shrinks(CentredLocally):
         def forward(self, x, gain=1.0):
