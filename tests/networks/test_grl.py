@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -493,7 +494,8 @@ def test_tables_of_an_inference_pass_serve_training(small):
 
 def test_tables_of_a_fake_pass_do_not_last(small, monkeypatch):
     # which tries local forms on numbers, and those tables may last
-    monkeypatch.setattr("fullres.local.plan.disagreement", lambda *_: None)
+    planning = importlib.import_module("fullres.local.plan")
+    monkeypatch.setattr(planning, "disagreement", lambda *_: None)
     grl_attention._kept_relative_positions.cache_clear()
     network = randomised(GRL(**{**SMALL, **FRACTIONS, "depths": (1,)}))
     plan(network, Local(16))
