@@ -251,8 +251,10 @@ GLOBAL = {
 @pytest.mark.parametrize("name", GLOBAL)
 def test_what_no_rule_covers_is_reported(name):
     net = Scaled(GLOBAL[name])
-    (op,) = plan(net, Local(TRAIN)).kept
+    planned = plan(net, Local(TRAIN))
+    (op,) = planned.kept
     assert op.kind == name
+    assert str(planned).endswith("\n0 of 1 global operation becomes local.")
     with pytest.raises(NothingToConvert, match="no rule"):
         convert(net, Local(TRAIN))
 
