@@ -27,7 +27,6 @@ from fullres.memory import (
     use_huge_pages,
 )
 from fullres.networks.catalog import open_network
-from fullres.networks.foreign import Foreign
 from fullres.networks.spec import Network, Spec
 from fullres.shadow import copied
 from fullres.tiles import Grid, Tile, halo_for, is_out_of_memory, paste, run_tiles
@@ -214,9 +213,7 @@ def _made_local(restorer: Restorer, settings: Local | None) -> AbstractContextMa
         conversion = convert(restorer.module, settings)
     except NothingToConvert as nothing:
         restorer.has_global = bool(nothing.plan.still_global)
-        # a stranger's network is known by its architecture, not by what it is wrapped in
-        finding = str(nothing).replace(Foreign.__name__, restorer.spec.architecture)
-        restorer.say_once(f"{finding}; it runs as it is")
+        restorer.say_once(f"{nothing}; it runs as it is")
         return nullcontext()
     restorer.has_global = bool(conversion.plan.still_global)
     restorer.window = settings.widest

@@ -86,7 +86,8 @@ def _culprit(module: nn.Module) -> str:
                 with _Detached(Tensor.detach):
                     copy.deepcopy(value)
             except Exception:  # noqa: BLE001 - whatever it is, this is the one
-                return f"the attribute `{name}.{attribute}`".replace("`.", "`")
+                path = f"{name}.{attribute}" if name else attribute
+                return f"the attribute `{path}`"
     return "the way it is put together"
 
 

@@ -48,7 +48,7 @@ def convert(module: nn.Module, local: Local, example: Any = None) -> Conversion:
     if not planned.converted:
         kept = "".join(f"; {op.label} stays: {op.reason}" for op in planned.kept)
         raise NothingToConvert(
-            f"nothing to convert in {type(module).__name__}: looked for {SOUGHT}{kept}",
+            f"nothing to convert in {planned.network}: looked for {SOUGHT}{kept}",
             planned,
         )
     return Conversion(module, planned)

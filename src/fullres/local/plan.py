@@ -81,7 +81,8 @@ def plan(module: nn.Module, local: Local, example: Any = None) -> Plan:
     larger = _Larger(shadow, shadow.enlarged(calibration.inputs, 2))
     operations += called(module, operations, shadow.module, calibration.calls, larger.calls, local)
     _check_used(local, operations)
-    return Plan(type(module).__name__, local, _that_run(operations, larger))
+    name = module._get_name()  # type: ignore[no-untyped-call]
+    return Plan(name, local, _that_run(operations, larger))
 
 
 def _find(module: nn.Module) -> list[Operation]:

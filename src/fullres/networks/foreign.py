@@ -77,6 +77,10 @@ class Foreign(nn.Module):
         self.singly = singly
         """Whether the pictures of a batch run one after the other."""
 
+    def _get_name(self) -> str:
+        """By which reports and errors know the network: its own, not the wrapper's."""
+        return str(self.model._get_name())  # type: ignore[no-untyped-call]
+
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         extended = self._extended(x)
