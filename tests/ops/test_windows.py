@@ -9,9 +9,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fullres.ops import cells, windows
+from fullres.ops import cells, cells_cpu, parts, windows
 from fullres.ops.cells import span_sums
 from fullres.ops.windows import (
+    projected_attention,
     transposed_attention,
     transposed_attention_reference,
     window_starts,
@@ -308,3 +309,54 @@ def test_what_does_not_fit_is_refused(attention, change, words):
     inputs = {name: torch.ones(1, 4, 6, 7) for name in "qkv"} | {"temperature": torch.ones(2)}
     with pytest.raises(ValueError, match=words):
         attention(**(inputs | change))
+
+
+# Sums on the CPU ------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_products_are_those_of_float64(data):
+    batch, heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
+    height, width = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 150))
+    a, b = (data.draw(st.sampled_from([8, 16, 48])) for _ in range(2))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    axes = [
+        sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=3))}) for n in (height, width)
+    ]
+    x = torch.randn(batch, height + 1, width + 2, heads * (a + b)).to(dtype).permute(0, 3, 1, 2)
+    x = x[..., 1:, 1:-1]
+    q, k = (t.unflatten(1, (heads, -1)) for t in x.split([heads * a, heads * b], 1))
+    assert cells_cpu.serves(q, k) == (a > 8 and b > 8)
+    found = cells.products(q, k, *axes)
+    wide = q.double(), k.double()
+    expected = cells.gram(*wide, *axes), *(cells.squares(t, *axes) for t in wide)
+    for ours, exact in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        error = (ours.double() - exact).abs().max()
+        assert error <= 2e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("window", [None, (9, 12)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_and_convolution_in_one_product(monkeypatch, window, dtype):
+    """What the fast path takes together is what one after the other gives."""
+    monkeypatch.setitem(parts.BUDGET, "cpu", 2**15)
+    channels = 32
+    torch.manual_seed(0)
+    x = torch.randn(2, channels, 48, 56).to(dtype).contiguous(memory_format=torch.channels_last)
+    narrow, mix = torch.randn(3 * channels, channels, 1, 1) / 6, torch.randn(20, channels, 1, 1)
+    temperature, bias = torch.tensor([0.7, 3.0]), torch.randn(20)
+
+    def project(x):
+        return F.conv2d(x, narrow.to(x.dtype)).chunk(3, 1)
+
+    wide = transposed_attention_reference(*project(x.double()), temperature.double(), window)
+    expected = F.conv2d(wide, mix.to(dtype).double(), bias.to(dtype).double())
+    with torch.inference_mode():
+        found = projected_attention(
+            project, x, temperature, mix.to(dtype), bias.to(dtype), window, channels=96, halo=0
+        )
+    assert found.dtype == dtype
+    error = (found.double() - expected).abs().max() / expected.abs().max()
+    assert error < (1e-5 if dtype == torch.float32 else 3e-2)

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullres.networks.layers import LayerNorm2d, local_already, pad_to_multiple, sharing
+from fullres.networks.layers import LayerNorm2d, local_already, pad_to_multiple, sharing, total
 from fullres.networks.spec import Architecture, Spec, State, count
+from fullres.ops.depthwise import depthwise, depthwise_geglu
 from fullres.ops.parts import in_parts
-from fullres.ops.windows import transposed_attention_in_parts
+from fullres.ops.windows import projected_attention
 
 MULTIPLE = 8
 """Three halvings."""
@@ -75,11 +75,12 @@ class TransposedAttention(nn.Module):
         self.project_out = nn.Conv2d(channels, channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return transposed_attention_in_parts(
+        return projected_attention(
             self._project,
-            self.project_out,
             x,
             self.temperature,
+            self.project_out.weight,
+            self.project_out.bias,
             self.window,
             self.stride,
             channels=3 * x.shape[1],
@@ -87,7 +88,8 @@ class TransposedAttention(nn.Module):
         )
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv_dwconv(self.qkv(x)).chunk(3, dim=1)
+        conv = self.qkv_dwconv
+        q, k, v = depthwise(self.qkv(x), conv.weight, conv.bias).chunk(3, dim=1)
         return q, k, v
 
     def to_local(
@@ -140,8 +142,8 @@ class GatedFeedForward(nn.Module):
         self.project_out = nn.Conv2d(hidden, channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.dwconv(self.project_in(x)).chunk(2, dim=1)
-        y: Tensor = self.project_out(F.gelu(a) * b)
+        x = depthwise_geglu(self.project_in(x), self.dwconv.weight, self.dwconv.bias)
+        y: Tensor = self.project_out(x)
         return y
 
 
@@ -160,12 +162,11 @@ class TransformerBlock(nn.Module):
         self.ffn = GatedFeedForward(channels, expansion, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+        x = total(self.attn(self.norm1(x)), x)
         return in_parts(self._feed_forward, x, channels=self.ffn.project_in.out_channels, halo=1)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.ffn(self.norm2(x))
-        return y
+        return total(self.ffn(self.norm2(x)), x)
 
 
 class PatchEmbed(nn.Module):

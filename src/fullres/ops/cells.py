@@ -55,6 +55,18 @@ def gram(a: Tensor, b: Tensor, rows: list[int], columns: list[int]) -> Tensor:
     return matrices
 
 
+def products(
+    a: Tensor, b: Tensor, rows: list[int], columns: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gram(a, b)`, `squares(a)` and `squares(b)`, in one go on the CPU. Without derivatives."""
+    if a.device.type == "cpu" and type(a) is type(b) is Tensor:
+        from fullres.ops import cells_cpu
+
+        if cells_cpu.serves(a, b):
+            return cells_cpu.products(a, b, rows, columns)
+    return gram(a, b, rows, columns), squares(a, rows, columns), squares(b, rows, columns)
+
+
 def weigh(m: Tensor, x: Tensor, rows: list[int], columns: list[int]) -> Tensor:
     """`m x` at every position, m the matrix of its cell: (B, heads, d, H, W), as the map x."""
     weighed: Tensor = torch.ops.fullres.cell_weigh(m, x, rows, columns)

@@ -15,13 +15,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from fullres.ops.cells import gram, pairs, span_sums, squares, weigh, wide
+from fullres.ops.cells import gram, pairs, products, span_sums, squares, weigh, wide
 from fullres.ops.parts import Part, room, split, taken
 
 Size = tuple[int, int]
@@ -83,55 +84,57 @@ def transposed_attention(
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)).flatten(1, 2)
 
 
-def transposed_attention_in_parts(
+def projected_attention(
     project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
-    finish: Callable[[Tensor], Tensor],
     x: Tensor,
     temperature: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     window: Size | None = None,
     stride: int | Size | None = None,
     *,
     channels: int,
     halo: int,
 ) -> Tensor:
-    """`finish(transposed_attention(*project(x), …))` without whole maps of queries and keys.
+    """A 1 × 1 convolution of `transposed_attention(*project(x), …)`.
 
-    Where the map is small, or derivatives or a graph are being recorded, it is computed as that.
+    Without whole maps of queries and keys, and with one product for attention and convolution,
+    whose matrices are multiplied first, where that pays and no derivatives or graph are recorded.
 
     Args:
         project: queries, keys and values (B, heads * c, h, w) of a part (B, C, h, w) of the map;
             a position depends on no input further off than `halo`, and pads with zeros if at all.
-        finish: what becomes of attended values (B, heads * c, h, w), position by position.
         x: map (B, C, H, W).
         temperature: as there.
+        weight: of the convolution, (C', heads * c, 1, 1).
+        bias: of the convolution, (C',), or None.
         window: as there.
         stride: as there.
         channels: those of the widest intermediate map of `project`.
         halo: reach of `project`, in positions.
 
-    Errors as there.
+    Returns:
+        (B, C', H, W), in the memory format of `x`. Errors as there.
     """
-    parts = list(split(x, channels, halo))
-    heads = temperature.numel()
     rows, columns = _axes(x, window, stride)
     cells = _Cells(_Axis.of(*rows), _Axis.of(*columns))
-    if len(parts) <= 1 or cells.number * heads > _BUDGET // channels:
-        return finish(transposed_attention(*project(x), temperature, window, stride))
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    positions = x.shape[-2] * x.shape[-1]
+    if recorded or cells.number * len(weight) > positions:  # matrices larger than the map
+        return F.conv2d(
+            transposed_attention(*project(x), temperature, window, stride), weight, bias
+        )
+    parts = list(split(x, channels, halo))
     if isinstance(x, FakeTensor):  # shapes and memory are those of any part
         parts = parts[:1]
-    out: Tensor | None = None
+    results = []
     for number in range(len(x)):
-        sums, values = _summed(project, x, number, parts, heads, cells)
-        m = _matrices(cells, *sums, temperature)
-        for part in parts:
-            here, top, left = cells.within(part)
-            piece = _by_head(values[part.place], heads)
-            y = finish(here.weigh(here.cut(m, top, left), piece).flatten(1, 2))
-            if out is None:
-                out = room(x, y.shape[1], y.dtype)
-            out[number][part.place] = y[0]
-    assert out is not None
-    return out
+        sums, values = _summed(project, x, number, parts, temperature.numel(), cells)
+        m = _matrices(cells, *sums, temperature).squeeze(2)  # (rows, columns, heads, c, c)
+        by_head = weight.to(m.dtype).view(len(weight), *m.shape[2:4]).transpose(0, 1)
+        m = (by_head @ m).transpose(2, 3).flatten(3)  # (rows, columns, C', heads * c)
+        results.append(cells.convolved(values, m.to(x.dtype)[..., None, None], bias))
+    return results[0] if len(results) == 1 else torch.cat(results)
 
 
 def _summed(
@@ -150,7 +153,7 @@ def _summed(
         here, top, left = cells.within(part)
         _checked_heads(q, k, v, x.new_empty(heads))
         q, k = _by_head(q, heads), _by_head(k, heads)
-        sums = here.gram(q, k), here.squares(q), here.squares(k)
+        sums = here.products(q, k)
         if values is None:
             values = room(x[:1], v.shape[1], v.dtype)
             totals = [s.new_zeros(*cells.shape, *s.shape[2:]) for s in sums]
@@ -333,5 +336,19 @@ class _Cells:
     def gram(self, a: Tensor, b: Tensor) -> Tensor:
         return gram(a, b, self.rows.cuts, self.columns.cuts)
 
+    def products(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return products(a, b, self.rows.cuts, self.columns.cuts)
+
     def weigh(self, m: Tensor, x: Tensor) -> Tensor:
         return weigh(m, x, self.rows.cuts, self.columns.cuts)
+
+    def convolved(self, x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+        """A map (B, C, H, W) convolved, in each cell by its own weights of (rows, columns, …)."""
+        if self.number == 1:
+            return F.conv2d(x, weights[0, 0], bias)
+        out = room(x, weights.shape[2], x.dtype)
+        for r, (top, bottom) in enumerate(pairwise(self.rows.cuts)):
+            for s, (left, right) in enumerate(pairwise(self.columns.cuts)):
+                here = (..., slice(top, bottom), slice(left, right))
+                out[here] = F.conv2d(x[here], weights[r, s], bias)
+        return out

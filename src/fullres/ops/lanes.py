@@ -1,0 +1,185 @@
+"""Vectors of sixteen floats for compiled kernels that have to say what stays in registers.
+
+Compilers vectorise one loop at a time, and keep nothing in registers across a store that might
+change it. Kernels that hold factors and sums there, as convolutions and matrix products do, are
+written in these vectors: `Lanes`, and `Square`, sixteen of them. LLVM maps both to whatever
+registers the processor has.
+
+Vectors are float32. Arrays are one-dimensional and hold float32, or bfloat16 by its bits as uint16.
+Nothing is checked: sixteen values must lie from each position on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core.cgutils import get_or_insert_function, voidptr_t
+from numba.extending import intrinsic, models, register_model
+from numba.np.arrayobj import make_array
+
+LANES = 16
+
+_FLOAT, _WORD, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
+_VECTOR, _WORDS, _HALVES = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _WORD, _HALF))
+Emit = Callable[..., Any]
+
+
+def _of(value: Any) -> Any:
+    """How numba holds what is one value of LLVM's."""
+
+    class Model(models.PrimitiveModel):
+        def __init__(self, manager, lanes):
+            super().__init__(manager, lanes, value)
+
+    return Model
+
+
+class Lanes(types.Type):
+    """Sixteen floats."""
+
+    def __init__(self) -> None:
+        super().__init__("Lanes")
+
+
+class Square(types.Type):
+    """Sixteen `Lanes`."""
+
+    def __init__(self) -> None:
+        super().__init__("Square")
+
+
+_SQUARE = ir.ArrayType(_VECTOR, LANES)
+_lanes, _square = Lanes(), Square()
+for _type, _model in ((Lanes, _VECTOR), (Square, _SQUARE)):
+    register_model(_type)(_of(_model))
+
+
+@intrinsic
+def zeros(context):
+    """Sixteen zeros."""
+    return _lanes(), lambda *_: ir.Constant(_VECTOR, None)
+
+
+@intrinsic
+def load(context, array, at):
+    """The sixteen values of an array from a position on."""
+    return _lanes(array, types.intp), _emit_load
+
+
+def _emit_load(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    pointer = _pointer(context, builder, signature.args, values)
+    if signature.args[0].dtype == types.float32:
+        return builder.load(builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
+    halves = builder.load(builder.bitcast(pointer, _HALVES.as_pointer()), align=2)
+    words = builder.shl(builder.zext(halves, _WORDS), _words(16))  # bfloat16 is the upper half
+    return builder.bitcast(words, _VECTOR)
+
+
+@intrinsic
+def store(context, array, at, lanes):
+    """Write sixteen values to an array from a position on, rounded to what it holds."""
+    return types.void(array, types.intp, _lanes), _emit_store
+
+
+def _emit_store(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    pointer, lanes = _pointer(context, builder, signature.args, values), values[2]
+    if signature.args[0].dtype == types.float32:
+        builder.store(lanes, builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
+    else:
+        pointer = builder.bitcast(pointer, _HALVES.as_pointer())
+        builder.store(_rounded(builder, lanes), pointer, align=2)
+    return context.get_dummy_value()
+
+
+def _rounded(builder: Any, lanes: Any) -> Any:
+    """The bits of the nearest values in bfloat16, the even one of two as near; NaN stays NaN."""
+    bits = builder.bitcast(lanes, _WORDS)
+    odd = builder.and_(builder.lshr(bits, _words(16)), _words(1))
+    nearest = builder.add(bits, builder.add(odd, _words(0x7FFF)))
+    number = builder.fcmp_ordered("ord", lanes, lanes)
+    nearest = builder.select(number, nearest, builder.or_(bits, _words(0x400000)))
+    return builder.trunc(builder.lshr(nearest, _words(16)), _HALVES)
+
+
+@intrinsic
+def prefetch(context, array, at):
+    """Have the processor fetch what an array holds at a position, for soon."""
+    return types.void(array, types.intp), _emit_prefetch
+
+
+def _emit_prefetch(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    pointer = builder.bitcast(_pointer(context, builder, signature.args, values), voidptr_t)
+    kind = ir.FunctionType(ir.VoidType(), [voidptr_t] + [_WORD] * 3)
+    function = builder.module.declare_intrinsic("llvm.prefetch", [voidptr_t], kind)
+    read, often, data = (ir.Constant(_WORD, value) for value in (0, 3, 1))
+    builder.call(function, (pointer, read, often, data))
+    return context.get_dummy_value()
+
+
+@intrinsic
+def fma(context, a, b, c):
+    """`a * b + c`, rounded once."""
+    return _lanes(a, b, c), lambda context, builder, _, values: _fma(builder, *values)
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+    function = get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
+    return builder.call(function, (a, b, c))
+
+
+@intrinsic
+def zero_square(context):
+    """Sixteen times sixteen zeros."""
+    return _square(), lambda *_: ir.Constant(_SQUARE, None)
+
+
+@intrinsic
+def add_outer(context, square, array, at, lanes):
+    """To the n-th vector of a square add `lanes` times what an array holds n after a position.
+
+    The array holds float32.
+    """
+    return _square(square, array, types.intp, lanes), _emit_outer
+
+
+def _emit_outer(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    square, array, at, lanes = values
+    for n in range(LANES):
+        place = builder.add(at, ir.Constant(at.type, n))
+        value = builder.load(_pointer(context, builder, signature.args[1:], (array, place)))
+        first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _WORD(0))
+        same = builder.shuffle_vector(first, first, ir.Constant(_WORDS, None))
+        total = _fma(builder, same, lanes, builder.extract_value(square, n))
+        square = builder.insert_value(square, total, n)
+    return square
+
+
+@intrinsic
+def add_square(context, array, at, stride, square):
+    """Add a square's vectors to an array of float32, the n-th at `at + n * stride`."""
+    return types.void(array, types.intp, types.intp, square), _emit_square
+
+
+def _emit_square(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    array, at, stride, square = values
+    for n in range(LANES):
+        pointer = _pointer(context, builder, signature.args, (array, at))
+        pointer = builder.bitcast(pointer, _VECTOR.as_pointer())
+        total = builder.fadd(builder.load(pointer, align=4), builder.extract_value(square, n))
+        builder.store(total, pointer, align=4)
+        at = builder.add(at, stride)
+    return context.get_dummy_value()
+
+
+def _words(value: int) -> Any:
+    return ir.Constant(_WORDS, [value] * LANES)
+
+
+def _pointer(context: Any, builder: Any, arguments: Any, values: Any) -> Any:
+    """That to the position, the second argument, of an array, the first."""
+    array = make_array(arguments[0])(context, builder, values[0])
+    return builder.gep(array.data, [values[1]])
