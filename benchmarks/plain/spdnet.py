@@ -1,0 +1,19 @@
+"""SPDNet, plain: Yi et al., ICCV 2021, section 3.3."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fullres.networks.spdnet import ResidualBlock, SqueezeExcitation
+
+
+def attention(self: SqueezeExcitation, x: Tensor) -> Tensor:
+    pooled = self.avg_pool(x)  # a vector, or in the local form a map of them
+    return x * self.fc(pooled.movedim(1, -1)).movedim(-1, 1)
+
+
+def block(self: ResidualBlock, x: Tensor) -> Tensor:
+    return self.se(self.module_body(x)) + x
+
+
+FORMS = {SqueezeExcitation: attention, ResidualBlock: block}
