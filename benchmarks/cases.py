@@ -157,6 +157,13 @@ def form(case: str, kind: str, device: str = "cpu", dtype: str = "float32") -> I
         yield Form(module, spec, plainly, peak)
 
 
+@contextmanager
+def lean(case: str, kind: str) -> Iterator[Form]:
+    """A form of a case that keeps no freed memory."""
+    with form(case, kind) as found, freed_memory_returned():
+        yield found
+
+
 def options(description: str, size: Size, repeats: int) -> argparse.Namespace:
     """The command line that the benchmarks share: cases, size, repeats, threads.
 

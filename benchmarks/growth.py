@@ -4,7 +4,8 @@
 
 NAFNet and Restormer if no case is named. Pictures are 3 : 4, one pass each, windows 384 × 384,
 float32. All sizes run in turn in one process; times are medians. Memory is what a pass adds to the
-resident memory of a process of its own. A size that memory does not hold is left out.
+resident memory of a process of its own. Freed memory goes back to the kernel at once, as it must
+where a picture fills memory. A size that memory does not hold is left out.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from functools import partial
 
 import torch
 
-from cases import form, options, times
+from cases import lean, options, times
 from fullres.measure import Size, interleaved, peak_memory_of, table
 from fullres.memory import free_memory
 
@@ -38,7 +39,7 @@ def picture_size(megapixels: float) -> Size:
 
 def rows(given: argparse.Namespace) -> Iterator[tuple[str, ...]]:
     for case in given.cases or ("nafnet", "restormer"):
-        with form(case, "local") as found:
+        with lean(case, "local") as found:
             free = ROOM * free_memory(torch.device("cpu"))
             sizes = [picture_size(m) for m in MEGAPIXELS]
             sizes = [size for size in sizes if found.peak(*size) < free]
@@ -48,7 +49,7 @@ def rows(given: argparse.Namespace) -> Iterator[tuple[str, ...]]:
         for size in sizes:
             megapixels = size[0] * size[1] / 1e6
             took_one = took[f"{size}"]
-            memory = peak_memory_of(form, case, "local", size=size)
+            memory = peak_memory_of(lean, case, "local", size=size)
             yield (
                 case,
                 f"{size[0]} × {size[1]}",

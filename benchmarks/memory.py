@@ -11,13 +11,12 @@ that would not fit the free memory is not run, and the figure is that of its ten
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
-from cases import SMALLER, Form, cases, form, options, size_of
+from cases import SMALLER, cases, form, lean, options, size_of
 from fullres.measure import Size, peak_memory_of, table
-from fullres.memory import free_memory, freed_memory_returned
+from fullres.memory import free_memory
 from plain import NoLocalForm
 
 HEADER = (
@@ -42,13 +41,6 @@ def peak(case: str, kind: str, size: Size) -> tuple[int, bool]:
     if expected > ROOM * free_memory(torch.device("cpu")):
         return expected, False
     return peak_memory_of(lean, case, kind, size=size), True
-
-
-@contextmanager
-def lean(case: str, kind: str) -> Iterator[Form]:
-    """A form of a case that keeps no freed memory."""
-    with form(case, kind) as found, freed_memory_returned():
-        yield found
 
 
 def row(case: str, size: Size) -> tuple[str, ...]:

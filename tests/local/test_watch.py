@@ -137,6 +137,9 @@ CALLS = {
     ),
     "lp_pool2d": lambda x: F.lp_pool2d(x, 2.0, x.shape[2:]),
     "interpolate": lambda x: F.interpolate(x, size=1, mode="area"),
+    "interpolate to a fixed size": lambda x: F.interpolate(
+        F.interpolate(x, size=(8, 12), mode="bilinear"), x.shape[2:]
+    ),
     "conv2d": lambda x: F.conv2d(x, torch.ones(5, 5, *x.shape[2:])),
     "mean": lambda x: torch.ops.aten.mean.dim(x, [2, 3], True),
     "mean (scripted)": lambda x: scripted(x),
@@ -204,6 +207,9 @@ WITHIN_REACH = {
     "small pools of odd maps": lambda x: F.avg_pool2d(F.avg_pool2d(x, 3), 3, 2, 1),
     "resizing": lambda x: F.interpolate(
         F.interpolate(x, scale_factor=0.5, mode="area"), x.shape[2:], mode="bicubic"
+    ),
+    "resizing odd maps": lambda x: F.interpolate(
+        F.interpolate(F.avg_pool2d(x, 3, 3), scale_factor=1.7), x.shape[2:]
     ),
     "shuffles": lambda x: F.pixel_shuffle(F.pixel_unshuffle(x, 2), 2).flip(2),
     "transposed": nn.Sequential(nn.Conv2d(5, 8, 2, 2), nn.ConvTranspose2d(8, 5, 2, 2)),
@@ -280,7 +286,8 @@ def test_extents_of_operations():
         (aten.cat.default, ([x, x], 2), None),
         (aten.view.default, (x, [12, 80]), None),
         (aten.index.Tensor, (x, [None, torch.tensor([0])]), None),
-        (aten.upsample_nearest2d.default, (x, [4, 5]), None),
+        (aten.upsample_nearest2d.default, (x, [4, 5]), 64),
+        (aten.upsample_nearest2d.default, (x, [32, 40]), 61),
     ]
     for func, args, wanted in cases:
         assert extent(func, args, {}, func(*args)) == wanted, func

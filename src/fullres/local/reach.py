@@ -35,14 +35,12 @@ def extent(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: 
     None where it takes none together: it computes element by element, or moves them.
     """
     name = func._schema.name.partition("::")[2].rstrip("_")
-    if (
-        func.is_view
-        or name in _MOVES | _CHECKS
-        or (name.startswith("upsample") and "_aa" not in name)
-    ):
+    if func.is_view or name in _MOVES | _CHECKS:
         return None
     given = _by_name(func, args, kwargs)
     tensors = [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
+    if name.startswith("upsample") and "_aa" not in name:
+        return _resampled(tensors[0], result)
     if name in _PRODUCTS:
         return _PRODUCTS[name](given, tensors)
     for part, measure in _BY_PART.items():
@@ -54,6 +52,16 @@ def extent(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: 
     largest = max((x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)), default=0)
     shrinks = max(x.numel() for x in tensors) // max(largest, 1)
     return shrinks if shrinks > 1 else None
+
+
+def _resampled(x: Tensor, result: Tensor) -> int:
+    """How far apart resampling takes its samples: in factors of four of the area, from 64 on.
+
+    By a factor that is the same at any size, but for rounding, against which the steps between the
+    numbers lie where no usual factor does. Only a result of fixed size has its samples further
+    apart when the picture is larger.
+    """
+    return 64 + math.floor(math.log2(max(x.numel(), 1) / max(result.numel(), 1)) / 2 - 0.175)
 
 
 def _by_name(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Local maximum on the CPU: van Herk's running maxima, along one axis and then the other.
 
 A window as long as the blocks that its axis is cut into is the end of one block and the beginning
-of the next. The maxima of all ends of a block are kept; those of the beginnings run along. That is
-two reads and one write of the map an axis, whatever the window.
+of the next. The maxima of the ends are written first, going back along the block; those of the
+beginnings join them, going on. Memory is read and written in the order that it lies in.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fullres.ops.threads import split, spread
 
 _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
-LANES = 256
-"""Neighbouring values that a job runs along the axis together."""
+LANES = 2**14
+"""Neighbouring values that a job runs along the axis together, which fit a core's own cache."""
 
 
 def local_max(x: Tensor, kh: int, kw: int) -> Tensor:
@@ -46,50 +46,41 @@ def _along(x: Tensor, dim: int, k: int) -> Tensor:
     outer = x.numel() // (n * inner)
     source = x.detach().reshape(outer, n, inner).numpy()
     target = out.view(outer, n - k + 1, inner).numpy()
-    blocks = -(-inner // LANES)
+    threads = torch.get_num_threads()
+    lanes = min(-(-inner // min(2 * threads, max(inner // 64, 1))), LANES)
+    blocks = -(-inner // lanes)
     jobs: list[tuple[Any, ...]] = [
-        (_run, source, target, k, blocks, run)
-        for run in split(outer * blocks, 4 * torch.get_num_threads())
+        (_run, source, target, k, lanes, run) for run in split(outer * blocks, 4 * threads)
     ]
     spread(jobs)
     return out
 
 
 @_jit
-def _run(x, out, k, blocks, run):
+def _run(x, out, k, lanes, run):
     """Maxima along the middle axis, for a run of the blocks of lanes of all outer positions."""
     inner, windows = x.shape[2], out.shape[1]
+    blocks = -(-inner // lanes)
     for index in range(run[0], run[1]):
-        outer, first = index // blocks, index % blocks * LANES
-        lanes = min(LANES, inner - first)
-        ends, beginning = np.empty((k, lanes), x.dtype), np.empty(lanes, x.dtype)
+        outer, first = index // blocks, index % blocks * lanes
+        last = min(first + lanes, inner)
+        maxima = np.empty(last - first, x.dtype)
         for start in range(0, windows, k):
-            _ends(x[outer, start : start + k, first : first + lanes], ends)
-            beginning[:] = -np.inf
-            for i in range(start, min(start + k, windows)):
-                if i > start:
-                    _rise(beginning, x[outer, i + k - 1, first : first + lanes])
-                result = out[outer, i, first : first + lanes]
-                end = ends[i - start]
-                for c in range(lanes):
-                    a, b = end[c], beginning[c]
-                    result[c] = a if a > b or a != a else b  # a NaN stays
-
-
-@_jit
-def _ends(x, ends):
-    """Maxima from each position to the end."""
-    k = x.shape[0]
-    ends[k - 1] = x[k - 1]
-    for i in range(k - 2, -1, -1):
-        here, after, value = ends[i], ends[i + 1], x[i]
-        for c in range(x.shape[1]):
-            a, b = value[c], after[c]
-            here[c] = a if a > b or a != a else b
+            end = min(start + k, windows)
+            maxima[:] = -np.inf
+            for i in range(start + k - 1, start - 1, -1):
+                _rise(maxima, x[outer, i, first:last])
+                if i < end:
+                    out[outer, i, first:last] = maxima
+            maxima[:] = -np.inf
+            for i in range(start + 1, end):
+                _rise(maxima, x[outer, i + k - 1, first:last])
+                _rise(out[outer, i, first:last], maxima)
 
 
 @_jit
 def _rise(maxima, values):
+    """Larger values take the place of maxima; a NaN stays, and is taken."""
     for c in range(maxima.shape[0]):
         a, b = values[c], maxima[c]
         maxima[c] = a if a > b or a != a else b

@@ -119,8 +119,8 @@ def projected_attention(
     rows, columns = _axes(x, window, stride)
     cells = _Cells(_Axis.of(*rows), _Axis.of(*columns))
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    positions = x.shape[-2] * x.shape[-1]
-    if recorded or cells.number * len(weight) > positions:  # matrices larger than the map
+    too_many = cells.number * len(weight) > x[:1, :1].numel()  # matrices larger than the map
+    if recorded or too_many:
         return F.conv2d(
             transposed_attention(*project(x), temperature, window, stride), weight, bias
         )
