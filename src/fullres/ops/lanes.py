@@ -121,13 +121,13 @@ def _emit_prefetch(context: Any, builder: Any, signature: Any, values: Any) -> A
 
 @intrinsic
 def fma(context, a, b, c):
-    """`a * b + c`, rounded once."""
+    """`a * b + c`, in one step where the processor has it."""
     return _lanes(a, b, c), lambda context, builder, _, values: _fma(builder, *values)
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-    function = get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
+    function = get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
     return builder.call(function, (a, b, c))
 
 
