@@ -12,13 +12,13 @@ plane, whatever the size of map and window; the variance is summed about a pixel
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
+from fullres.ops.arrays import as_array, spanned
 from fullres.ops.threads import split, spread
 
 _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
@@ -64,7 +64,7 @@ def _run(
     if x.stride(unit) != 1 and x.shape[unit] > 1:
         x = x.contiguous()
     targets = [o if o.stride(unit) == 1 or o.shape[unit] == 1 else o.contiguous() for o in outs]
-    flat = [_flat(t) for t in (x, *targets)]
+    flat = [as_array(spanned(t)) for t in (x, *targets)]
     # strides of a side of length one are arbitrary: such a side is never stepped along
     strides = [np.array(t.stride()) for t in (x, *targets)]
     shape = np.array(x.shape)
@@ -100,12 +100,6 @@ def _replicate_rows(out: Tensor, top: int, windows: int) -> None:
     """Copy the first row of windows to the rows above, the last one to the rows below."""
     out[:, :, :top] = out[:, :, top : top + 1]
     out[:, :, top + windows :] = out[:, :, top + windows - 1 : top + windows]
-
-
-def _flat(x: Tensor) -> Any:
-    """The memory that `x` spans, as a one-dimensional array that shares it."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x.detach().as_strided((span,), (1,)).numpy()
 
 
 # The kernels. All take: the map and the results as flat memory, their strides (B, C, H, W), the

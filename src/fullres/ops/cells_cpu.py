@@ -15,6 +15,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from fullres.ops.arrays import as_array, spanned
 from fullres.ops.lanes import (
     LANES,
     add_outer,
@@ -51,13 +52,11 @@ def products(
     """As `fullres.ops.cells.products`, of maps that the kernel serves."""
     batch, heads, channels = a.shape[:3]
     others = b.shape[2]
-    cells = list(
-        product(enumerate(pairwise(rows)), enumerate(pairwise(columns)), range(batch), range(heads))
-    )
+    cells = list(product(pairwise(rows), pairwise(columns), range(batch), range(heads)))
     parts = -(-2 * torch.get_num_threads() // len(cells))
     places = [
         (cell, number, head, top + first, top + last, left, right)
-        for cell, ((_, (top, bottom)), (_, (left, right)), number, head) in enumerate(cells)
+        for cell, ((top, bottom), (left, right), number, head) in enumerate(cells)
         for first, last in split(bottom - top, parts)
     ]
     sums = [torch.zeros(len(places), n) for n in (channels * others, channels, others)]
@@ -80,11 +79,8 @@ def products(
 
 
 def _from(x: Tensor, number: int, head: int, y: int, column: int) -> Any:
-    """The memory of a map from a position of a head on; bfloat16 by its bits."""
-    part = x.detach()[number, head, :, y:, column:]
-    span = 1 + sum((size - 1) * step for size, step in zip(part.shape, part.stride(), strict=True))
-    flat = part.as_strided((span,), (1,))
-    return (flat.view(torch.uint16) if x.dtype == torch.bfloat16 else flat).numpy()
+    """The memory of a map from a position of a head on."""
+    return as_array(spanned(x[number, head, :, y:, column:]))
 
 
 def _steps(x: Tensor) -> Any:

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FEWEST = 16
-"""Channels of a result below which a vector would not be full."""
+from fullres.ops.arrays import for_kernel
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,11 +25,8 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tensor([[[[4., 6., 4.],
               [4., 6., 4.]]]])
     """
-    if x.shape[1] >= _FEWEST and _has_kernel(x, weight, bias):
-        from fullres.ops import depthwise_cpu
-
-        return depthwise_cpu.depthwise(x, weight, bias, geglu=False)
-    return F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
+    y = _by_kernel(x, weight, bias, geglu=False)
+    return F.conv2d(x, weight, bias, padding=1, groups=x.shape[1]) if y is None else y
 
 
 def depthwise_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -51,20 +47,21 @@ def depthwise_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     >>> depthwise_geglu(x, weight, torch.tensor([100.0, 2.0])).unique()
     tensor([200.])
     """
-    if x.shape[1] >= 2 * _FEWEST and _has_kernel(x, weight, bias):
-        from fullres.ops import depthwise_cpu
-
-        return depthwise_cpu.depthwise(x, weight, bias, geglu=True)
+    y = _by_kernel(x, weight, bias, geglu=True)
+    if y is not None:
+        return y
     a, b = depthwise(x, weight, bias).chunk(2, dim=1)
     return F.gelu(a) * b
 
 
-def _has_kernel(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernel for the CPU takes the map: it records no derivatives and no graph."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
-        return False
-    given = [t for t in (x, *others) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        return False
-    served = x.dtype in (torch.float32, torch.bfloat16) and all(t.dtype == x.dtype for t in given)
-    return served and x.is_contiguous(memory_format=torch.channels_last) and x.numel() > 0
+def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *, geglu: bool) -> Tensor | None:
+    """What the kernel gives, or None if it does not take the map."""
+    one_type = weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
+    served = for_kernel(x, weight, bias, dtypes=(torch.float32, torch.bfloat16))
+    if not served or not one_type or not x.numel():
+        return None
+    from fullres.ops import depthwise_cpu, lanes
+
+    if x.shape[1] < lanes.LANES * (1 + geglu):  # no vector would be full
+        return None
+    return depthwise_cpu.depthwise(x, weight, bias, geglu)

@@ -13,6 +13,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from fullres.ops.arrays import as_array
 from fullres.ops.lanes import LANES, fma, load, prefetch, store, zeros
 from fullres.ops.threads import split, spread
 
@@ -45,9 +46,8 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, geglu: bool) -> Te
 
 
 def _rows(x: Tensor) -> Any:
-    """(B, H, W * C); bfloat16 by its bits."""
-    rows = x.detach().permute(0, 2, 3, 1).flatten(2)
-    return (rows.view(torch.uint16) if x.dtype == torch.bfloat16 else rows).numpy()
+    """(B, H, W * C)."""
+    return as_array(x.permute(0, 2, 3, 1).flatten(2))
 
 
 # The kernels take rows (H, W * C) and the run of rows that is theirs.

@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fullres.ops.arrays import for_kernel
+
+_DTYPES = (torch.float32, torch.float64)
+"""That the kernel takes."""
+
 
 def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over the channels of each group at each pixel.
@@ -20,7 +25,7 @@ def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     >>> mean.flatten(), var.flatten()
     (tensor([2., 5.]), tensor([1., 0.]))
     """
-    if _has_kernel(x):
+    if for_kernel(x, dtypes=_DTYPES):
         from fullres.ops import group_cpu
 
         return group_cpu.group_moments(x, groups)
@@ -44,7 +49,7 @@ def group_normalised(
     Returns:
         Like `x`.
     """
-    if _has_kernel(x, weight, bias):
+    if for_kernel(x, weight, bias, dtypes=_DTYPES):
         from fullres.ops import group_cpu
 
         mean, scale = mean.contiguous(), scale.contiguous()
@@ -55,14 +60,3 @@ def group_normalised(
         scale = scale * weight[:, None, None]
     y = (x - mean) * scale
     return y if bias is None else y + bias[:, None, None]
-
-
-def _has_kernel(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernel for the CPU takes the map: it records no derivatives and no graph."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
-        return False
-    given = (x, *others)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
-        return False
-    wide = x.dtype in (torch.float32, torch.float64)
-    return wide and x.is_contiguous(memory_format=torch.channels_last)

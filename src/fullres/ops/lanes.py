@@ -11,7 +11,6 @@ Nothing is checked: sixteen values must lie from each position on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -24,7 +23,6 @@ LANES = 16
 
 _FLOAT, _WORD, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 _VECTOR, _WORDS, _HALVES = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _WORD, _HALF))
-Emit = Callable[..., Any]
 
 
 def _of(value: Any) -> Any:

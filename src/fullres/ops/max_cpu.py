@@ -47,7 +47,8 @@ def _along(x: Tensor, dim: int, k: int) -> Tensor:
     source = x.detach().reshape(outer, n, inner).numpy()
     target = out.view(outer, n - k + 1, inner).numpy()
     threads = torch.get_num_threads()
-    lanes = min(-(-inner // min(2 * threads, max(inner // 64, 1))), LANES)
+    parts = min(2 * threads, max(inner // 64, 1))  # not so many that rows become slivers
+    lanes = min(-(-inner // parts), LANES)
     blocks = -(-inner // lanes)
     jobs: list[tuple[Any, ...]] = [
         (_run, source, target, k, lanes, run) for run in split(outer * blocks, 4 * threads)

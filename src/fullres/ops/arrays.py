@@ -1,0 +1,33 @@
+"""Tensors as the arrays that compiled kernels take, which share their memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def as_array(x: Tensor) -> Any:
+    """The same as an array; bfloat16, which numpy does not have, by its bits as uint16."""
+    x = x.detach()
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def spanned(x: Tensor) -> Tensor:
+    """The memory that a tensor spans, from its first element to its last, in one dimension."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.detach().as_strided((span,), (1,))
+
+
+def for_kernel(x: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether a kernel for channels-last maps on the CPU may take a map, with other tensors.
+
+    It has one of these types, and records no derivatives and no graph.
+    """
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    given = (x, *others)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        return False
+    return x.dtype in dtypes and x.is_contiguous(memory_format=torch.channels_last)
