@@ -139,7 +139,8 @@ class Encoder(nn.Module):
     def _fused(self, level: int, x: Tensor, earlier: tuple[Features, Features] | None) -> Tensor:
         if earlier is not None:
             for part, features in zip(("enc", "dec"), earlier, strict=True):
-                x = x + self.get_submodule(f"{self.fusion}_{part}{level}")(features[level - 1])
+                conv = self.get_submodule(f"{self.fusion}_{part}{level}")
+                x = total(x, conv(features[level - 1]))
         return x
 
 
@@ -159,8 +160,8 @@ class Decoder(nn.Module):
 
     def forward(self, encoded: Features) -> Features:
         level3 = self.decoder_level3(encoded[2])
-        level2 = self.decoder_level2(self.up32(level3) + self.skip_attn2(encoded[1]))
-        level1 = self.decoder_level1(self.up21(level2) + self.skip_attn1(encoded[0]))
+        level2 = self.decoder_level2(total(self.up32(level3), self.skip_attn2(encoded[1])))
+        level1 = self.decoder_level1(total(self.up21(level2), self.skip_attn1(encoded[0])))
         return level1, level2, level3
 
 
@@ -172,12 +173,13 @@ class ORB(nn.Module):
         self.body = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.body(x)
-        return y + x
+        return total(self.body(x), x)
 
 
 class ORSNet(nn.Module):
     """Original resolution subnetwork: three blocks, features of a U-Net added after each.
+
+    Takes the features out of the lists that it is given, so that they need no room once added.
 
     Args:
         width: channels of the U-Net at full resolution.
@@ -208,12 +210,16 @@ class ORSNet(nn.Module):
         self.conv_dec2 = nn.Conv2d(width, own, 1, bias=bias)
         self.conv_dec3 = nn.Conv2d(width, own, 1, bias=bias)
 
-    def forward(self, x: Tensor, encoded: Features, decoded: Features) -> Tensor:
-        (enc1, enc2, enc3), (dec1, dec2, dec3) = encoded, decoded
-        x = self.orb1(x) + self.conv_enc1(enc1) + self.conv_dec1(dec1)
-        x = self.orb2(x) + self.conv_enc2(self.up_enc1(enc2)) + self.conv_dec2(self.up_dec1(dec2))
-        x = self.orb3(x) + self.conv_enc3(self.up_enc2(enc3)) + self.conv_dec3(self.up_dec2(dec3))
-        return x
+    def forward(self, x: Tensor, encoded: list[Tensor], decoded: list[Tensor]) -> Tensor:
+        x = self.orb1(x)
+        x = total(x, self.conv_enc1(encoded.pop(0)))
+        x = total(x, self.conv_dec1(decoded.pop(0)))
+        x = self.orb2(x)
+        x = total(x, self.conv_enc2(self.up_enc1(encoded.pop(0))))
+        x = total(x, self.conv_dec2(self.up_dec1(decoded.pop(0))))
+        x = self.orb3(x)
+        x = total(x, self.conv_enc3(self.up_enc2(encoded.pop(0))))
+        return total(x, self.conv_dec3(self.up_dec2(decoded.pop(0))))
 
 
 class SAM(nn.Module):
@@ -230,7 +236,8 @@ class SAM(nn.Module):
 
     def forward(self, x: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         restored: Tensor = self.conv2(x) + image
-        return self.conv1(x) * torch.sigmoid(self.conv3(restored)) + x, restored
+        gate = torch.sigmoid(self.conv3(restored))
+        return total(product(self.conv1(x), gate), x), restored
 
 
 class MPRNet(nn.Module):
@@ -318,11 +325,13 @@ class MPRNet(nn.Module):
 
         x = self.concat12(torch.cat((self.shallow_feat2(halves), features), dim=1))
         encoded = self.stage2_encoder(x, (encoded, decoded))
-        encoded = tuple(_joined(x, dim=-2) for x in encoded)
-        decoded = self.stage2_decoder(encoded)
+        encoded = [_joined(x, dim=-2) for x in encoded]
+        decoded = [*self.stage2_decoder(encoded)]
         features, restored2 = self.sam23(decoded[0], image)
+        del x  # what follows is the widest
 
         x = self.concat23(torch.cat((self.shallow_feat3(image), features), dim=1))
+        del features
         restored3 = self.tail(self.stage3_orsnet(x, encoded, decoded)) + image
         restored = (restored3, restored2, _joined(restored1, dim=-2))
         return tuple(x[..., :height, :width] for x in restored)

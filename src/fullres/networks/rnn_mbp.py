@@ -87,8 +87,8 @@ class RNNMBP(nn.Module):
         restored = []
         for number, (encoded, decoded) in enumerate(islice(earlier, first, None), start=first):
             later_encoded, later_decoded = waiting.pop()
-            encoded, decoded = _sum(encoded, later_encoded), _sum(decoded, later_decoded)
-            x = self.recons(self.TFR(shallow[number], encoded, decoded))
+            features = _sum(encoded, later_encoded), _sum(decoded, later_decoded)
+            x = self.recons(self.TFR(shallow[number], *features))
             restored.append(x + frames[number])
         return torch.stack(restored, dim=1)[..., :height, :width]
 
@@ -110,8 +110,8 @@ def _swept(
         yield before
 
 
-def _sum(a: Features, b: Features) -> Features:
-    return a[0] + b[0], a[1] + b[1], a[2] + b[2]
+def _sum(a: Features, b: Features) -> list[Tensor]:
+    return [x + y for x, y in zip(a, b, strict=True)]
 
 
 def whole_video(network: Network, video: Tensor, length: int = 20, overlap: int = 4) -> Tensor:
