@@ -13,6 +13,7 @@ from fullres.errors import ConversionError
 from fullres.local.agreement import disagreement, options_of, own_local
 from fullres.local.calibrate import Arguments, Shadow, Shape, calibrate, first_words
 from fullres.local.called import called
+from fullres.local.deferred import ChangedInPlaceError
 from fullres.local.forms import (
     CountsCalls,
     Form,
@@ -25,7 +26,7 @@ from fullres.local.forms import (
 )
 from fullres.local.functional import LocalCalls
 from fullres.local.operations import NOT_TAKEN, Operation, Plan, windows_of
-from fullres.local.pooled import ChangedInPlaceError, Pooled, calls_on_pooled
+from fullres.local.pooled import Pooled, calls_on_pooled
 from fullres.local.rules import RULES, LocalAvgPool2d, LocalMaxPool2d, Stays
 from fullres.local.settings import Local
 from fullres.local.watch import Call, Watch

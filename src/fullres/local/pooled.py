@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from fullres.local.deferred import Head, Known, Mean, layer_of
 from fullres.local.forms import Gives, Window
 from fullres.local.positions import ELEMENTWISE, at_all_positions, dense_again
 from fullres.ops.box import local_mean
@@ -77,10 +78,6 @@ def _name(func: Callable[..., Any], args: tuple[Any, ...]) -> str:
     return name
 
 
-class ChangedInPlaceError(RuntimeError):
-    """A map was changed before the mean that had been put off: it must not be put off."""
-
-
 class Pooled(Tensor):
     """A tensor of the shape that pooling gave, with other values at each position of a map.
 
@@ -89,57 +86,77 @@ class Pooled(Tensor):
 
     frame: Frame
     """What they stand for."""
-    mean_of: tuple[Tensor, Window, int | None] | None = None
-    """The map and window that they are the mean of, while nobody has asked for their values; and
-    the map's version, where versions are counted."""
+    head: Head | None
+    """What gives the vectors, while nobody has asked for their values."""
     _vectors: Tensor | None
 
     @staticmethod
     def __new__(cls: type[Pooled], vectors: Tensor, frame: Frame | None = None) -> Pooled:
-        pooled: Pooled = Tensor._make_wrapper_subclass(
-            cls, vectors.shape[:-2], dtype=vectors.dtype, device=vectors.device
-        )
+        pooled = cls._like(vectors, vectors.shape[:-2])
         height, width = vectors.shape[-2:]
-        pooled._vectors, pooled.frame = vectors, frame or Frame.whole((height, width))
+        pooled._vectors, pooled.head = vectors, None
+        pooled.frame = frame or Frame.whole((height, width))
         return pooled
 
     @classmethod
     def of_mean(cls, x: Tensor, window: Window) -> Pooled:
-        """Means (B, C, 1, 1) of a map, computed once somebody asks for them.
+        """Means (B, C, 1, 1) of a map, computed once somebody asks for them."""
+        frame = Frame.of((x.shape[2], x.shape[3]), window)
+        return cls._put_off(Head(Mean(x, window)), frame, x, (*x.shape[:2], 1, 1))
 
-        A layer that squeezes channels is cheaper before the mean than after it, and linear.
-        """
-        shape = (*x.shape[:2], 1, 1)
+    @classmethod
+    def _put_off(cls, head: Head, frame: Frame, like: Tensor, shape: tuple[int, ...]) -> Pooled:
+        pooled = cls._like(like, shape)
+        pooled._vectors, pooled.head, pooled.frame = None, head, frame
+        return pooled
+
+    @classmethod
+    def _like(cls, x: Tensor, shape: tuple[int, ...]) -> Pooled:
         pooled: Pooled = Tensor._make_wrapper_subclass(cls, shape, dtype=x.dtype, device=x.device)
-        pooled._vectors, pooled.frame = None, Frame.of((x.shape[2], x.shape[3]), window)
-        pooled.mean_of = (x, window, None if x.is_inference() else x._version)
         return pooled
 
     @property
     def vectors(self) -> Tensor:
         if self._vectors is None:
-            x, window = self._source()
-            self._vectors = local_mean(x, window, replicate=False)[:, :, None, None]
-            self.mean_of = None
+            assert self.head is not None
+            values = self.head.values()
+            self.vectors = values.reshape(*self.shape, *values.shape[2:])
+        assert self._vectors is not None
         return self._vectors
 
     @vectors.setter
     def vectors(self, vectors: Tensor) -> None:
-        self._vectors, self.mean_of = vectors, None
+        self._vectors, self.head = vectors, None
 
-    def squeezed(self, weight: Tensor, bias: Tensor | None) -> Pooled:
-        """What a 1 × 1 convolution gives, which comes before the mean."""
-        x, window = self._source()
-        inner = local_mean(F.conv2d(x, weight), window, replicate=False)
-        inner = inner if bias is None else inner + bias[:, None, None]
-        return Pooled(inner[:, :, None, None], self.frame)
+    def put_off(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Pooled | None:
+        """What a call on these values gives, if it is a layer that may wait or only reshapes."""
+        vector = self.dim() == 2 or (self.dim() == 4 and self.shape[2:] == (1, 1))
+        if not vector or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if self.head is not None and getattr(func, "__name__", "") in _RESHAPES:
+            shape = func(torch.empty(self.shape, device="meta"), *args[1:], **kwargs).shape
+            flat = tuple(self.shape[:2])
+            if tuple(shape) not in (flat, (*flat, 1, 1)):
+                return None
+            return self._put_off(self.head, self.frame, self, shape)
+        layer = layer_of(func, args, kwargs)
+        if layer is None or not layer.takes(self):
+            return None
+        head = (self.head or Head(Known(self.within()))).then(layer)
+        if _in_place(func, kwargs):
+            self._vectors, self.head = None, head
+            return self
+        channels = self.shape[1] if layer.weight is None else len(layer.weight)
+        shape = (self.shape[0], channels, *self.shape[2:])
+        return self._put_off(head, self.frame, self, shape)
 
-    def _source(self) -> tuple[Tensor, Window]:
-        assert self.mean_of is not None
-        x, window, version = self.mean_of
-        if version is not None and x._version != version:
-            raise ChangedInPlaceError("a map was changed in place before its mean was used")
-        return x, window
+    def times(self, x: Tensor, *, in_place: bool) -> Tensor:
+        """Product of a map (B, C, H, W) and the values of (B, C, 1, 1)."""
+        if self.head is None:
+            return self.frame.scaled(x, self.within(), in_place=in_place)
+        return self.head.times(x, self.frame, in_place=in_place)
 
     @property
     def positions(self) -> tuple[int, int]:
@@ -147,8 +164,9 @@ class Pooled(Tensor):
         return self.frame.size
 
     def within(self) -> Tensor:
-        """The values of (B, C, 1, 1) as a map of the contained windows, (B, C, h, w)."""
-        return dense_again(self.vectors[:, :, 0, 0])
+        """The values of (B, C, 1, 1) or (B, C) as a map of the contained windows, (B, C, h, w)."""
+        vectors = self.vectors
+        return dense_again(vectors[:, :, 0, 0] if self.dim() == 4 else vectors)
 
     def as_map(self) -> Tensor:
         """The values of (B, C, 1, 1) as a map (B, C, H, W)."""
@@ -179,6 +197,10 @@ class Pooled(Tensor):
         calls = _calls.get()
         if calls is not None:
             calls.append(_name(func, args))
+        if args and isinstance(args[0], Pooled):
+            waiting = args[0].put_off(func, args, kwargs)
+            if waiting is not None:
+                return waiting
         landed = _landed(func, args, kwargs)
         if landed is not None:
             return landed
@@ -206,9 +228,6 @@ def _landed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     if func in _SPREADS and _spreads_to(func, args, kwargs) == positions:
         return pooled[0].as_map()
     if func in (F.conv2d, torch.conv2d) and tuple(args[1].shape[2:]) == (1, 1):
-        if pooled[0].mean_of is not None and _squeezes(*args[1:], **kwargs):
-            bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            return pooled[0].squeezed(args[1], bias)
         within = pooled[0].within()
         result = func(within, *args[1:], **kwargs)
         if result.shape[2:] != within.shape[2:]:
@@ -220,7 +239,7 @@ def _landed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     if len(leaves) == len(pooled) + len(maps) == 2 and func in _PRODUCTS:
         in_place = func in _PRODUCTS_IN_PLACE
         if not in_place or maps[0] is leaves[0]:
-            return pooled[0].frame.scaled(maps[0], pooled[0].within(), in_place=in_place)
+            return pooled[0].times(maps[0], in_place=in_place)
     ordinary = [leaf.as_map() if isinstance(leaf, Pooled) else leaf for leaf in leaves]
     plain_args, plain_kwargs = tree_unflatten(ordinary, tree)
     return func(*plain_args, **plain_kwargs)
@@ -260,19 +279,7 @@ def _placed(x: Pooled, axes: tuple[int, ...]) -> Tensor | None:
     return vectors.squeeze(axes).movedim(tuple(range(-len(axes), 0)), axes)
 
 
-def _squeezes(
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> bool:
-    """Whether a 1 × 1 convolution, with its arguments, has at most half as many channels after."""
-    plain = stride in (1, (1, 1)) and padding in (0, (0, 0)) and groups == 1
-    return plain and 2 * weight.shape[0] <= weight.shape[1]
-
-
+_RESHAPES = ("view", "reshape", "flatten", "squeeze", "unsqueeze")
 _PRODUCTS_IN_PLACE = (Tensor.mul_, Tensor.__imul__)
 _PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, *_PRODUCTS_IN_PLACE)
 _SPREADS = (Tensor.expand, Tensor.expand_as, Tensor.repeat, F.interpolate, F.upsample)

@@ -103,7 +103,7 @@ def _products(a, a_steps, b, b_steps, height, width, gram, a_squares, b_squares)
                     square = zero_square()
                     for n in range(count):
                         values = load(b_run, n * others + j)
-                        square = add_outer(square, a_run, n * channels + i, values)
+                        square = add_outer(square, a_run, n * channels + i, 1, values)
                     add_square(gram, i * others + j, others, square)
 
 

@@ -11,6 +11,7 @@ Nothing is checked: sixteen values must lie from each position on.
 
 from __future__ import annotations
 
+from math import factorial, log
 from typing import Any
 
 from llvmlite import ir
@@ -118,6 +119,12 @@ def _emit_prefetch(context: Any, builder: Any, signature: Any, values: Any) -> A
 
 
 @intrinsic
+def multiply(context, a, b):
+    """`a * b`."""
+    return _lanes(a, b), lambda context, builder, _, values: builder.fmul(*values)
+
+
+@intrinsic
 def fma(context, a, b, c):
     """`a * b + c`, in one step where the processor has it."""
     return _lanes(a, b, c), lambda context, builder, _, values: _fma(builder, *values)
@@ -130,25 +137,62 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
+def relu(context, lanes):
+    """Those above zero, and zero for the others; NaN stays NaN."""
+    return _lanes(lanes), _emit_relu
+
+
+def _emit_relu(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    below = builder.fcmp_ordered("<", values[0], _floats(0))
+    return builder.select(below, _floats(0), values[0])
+
+
+@intrinsic
+def sigmoid(context, lanes):
+    """`1 / (1 + exp(-x))`, within two roundings; NaN stays NaN."""
+    return _lanes(lanes), _emit_sigmoid
+
+
+def _emit_sigmoid(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    x = builder.fneg(values[0])
+    for sign, limit in (("<", -87), (">", 88)):  # where exp would leave the range of normal floats
+        x = builder.select(builder.fcmp_ordered(sign, x, _floats(limit)), _floats(limit), x)
+    # exp(x) is 2ⁿ exp(r) with n whole: adding 3 · 2²² rounds to it, and leaves it in the low bits
+    shifted = _fma(builder, x, _floats(1 / log(2)), _floats(3 * 2**22))
+    n = builder.fsub(shifted, _floats(3 * 2**22))
+    r = _fma(builder, n, _floats(_LOG_2 - log(2)), _fma(builder, n, _floats(-_LOG_2), x))
+    exp = _floats(1 / factorial(7))
+    for power in range(6, -1, -1):
+        exp = _fma(builder, exp, r, _floats(1 / factorial(power)))
+    exponent = builder.shl(builder.bitcast(shifted, _WORDS), _words(23))
+    factor = builder.bitcast(builder.add(exponent, _words(0x3F800000)), _VECTOR)
+    return builder.fdiv(_floats(1), _fma(builder, exp, factor, _floats(1)))
+
+
+_LOG_2 = 45426 / 65536
+"""The logarithm of 2 in 16 bits, so that its small multiples are exact; the rest comes apart."""
+
+
+@intrinsic
 def zero_square(context):
     """Sixteen times sixteen zeros."""
     return _square(), lambda *_: ir.Constant(_SQUARE, None)
 
 
 @intrinsic
-def add_outer(context, square, array, at, lanes):
-    """To the n-th vector of a square add `lanes` times what an array holds n after a position.
+def add_outer(context, square, array, at, stride, lanes):
+    """To the n-th vector of a square add `lanes` times what an array holds at `at + n * stride`.
 
     The array holds float32.
     """
-    return _square(square, array, types.intp, lanes), _emit_outer
+    return _square(square, array, types.intp, types.intp, lanes), _emit_outer
 
 
 def _emit_outer(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-    square, array, at, lanes = values
+    square, array, at, stride, lanes = values
     for n in range(LANES):
-        place = builder.add(at, ir.Constant(at.type, n))
-        value = builder.load(_pointer(context, builder, signature.args[1:], (array, place)))
+        value = builder.load(_pointer(context, builder, signature.args[1:], (array, at)))
+        at = builder.add(at, stride)
         first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _WORD(0))
         same = builder.shuffle_vector(first, first, ir.Constant(_WORDS, None))
         total = _fma(builder, same, lanes, builder.extract_value(square, n))
@@ -175,6 +219,10 @@ def _emit_square(context: Any, builder: Any, signature: Any, values: Any) -> Any
 
 def _words(value: int) -> Any:
     return ir.Constant(_WORDS, [value] * LANES)
+
+
+def _floats(value: float) -> Any:
+    return ir.Constant(_VECTOR, [value] * LANES)
 
 
 def _pointer(context: Any, builder: Any, arguments: Any, values: Any) -> Any:

@@ -1,0 +1,130 @@
+"""Means that are put off until somebody asks for them, with the layers that follow.
+
+A layer that squeezes channels is cheaper before the mean than after it, and linear. The others,
+and the product with the map in which they usually end, are cheaper together than one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fullres.local.forms import Window
+from fullres.ops.box import local_mean
+from fullres.ops.frames import Frame
+from fullres.ops.gate import Layer, gated, layered
+
+
+class ChangedInPlaceError(RuntimeError):
+    """A map was changed before the mean that had been put off: it must not be put off."""
+
+
+class Known:
+    """Pooled values (B, C, h, w) of the windows that a map contains."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+
+    def squeezed(self, layer: Layer) -> Mean | None:
+        """Never fewer by being put off."""
+        return None
+
+    def values(self) -> Tensor:
+        return self._values
+
+
+class Mean:
+    """Local means of a map (B, C, H, W) over the windows that it contains, computed once."""
+
+    def __init__(self, x: Tensor, window: Window) -> None:
+        self._map: Tensor | None = x
+        self._version = None if x.is_inference() else x._version  # where versions are counted
+        self._window = window
+        self._values: Tensor | None = None
+
+    def _unchanged(self) -> Tensor | None:
+        """The map; None once the means are known."""
+        x = self._map
+        if x is not None and self._version is not None and self._version != x._version:
+            raise ChangedInPlaceError("a map was changed in place before its mean was used")
+        return x
+
+    def squeezed(self, layer: Layer) -> Mean | None:
+        """Means of what a convolution makes of the map, if it squeezes channels."""
+        x, weight = self._unchanged(), layer.weight
+        if x is None or weight is None or 2 * len(weight) > weight.shape[1]:
+            return None
+        return Mean(layer(x), self._window)
+
+    def values(self) -> Tensor:
+        """The means, (B, C, h, w).
+
+        Raises:
+            ChangedInPlaceError: the map was changed in place.
+        """
+        x = self._unchanged()
+        if x is not None:
+            self._values, self._map = local_mean(x, self._window, replicate=False), None
+        assert self._values is not None
+        return self._values
+
+
+@dataclass(frozen=True)
+class Head:
+    """Pooled values and the layers that follow."""
+
+    source: Mean | Known
+    layers: tuple[Layer, ...] = ()
+
+    def then(self, layer: Layer) -> Head:
+        """The same with one more layer."""
+        squeezed = None if self.layers else self.source.squeezed(layer)
+        return Head(self.source, (*self.layers, layer)) if squeezed is None else Head(squeezed)
+
+    def values(self) -> Tensor:
+        """What the layers give, (B, C', h, w)."""
+        return layered(self.source.values(), self.layers)
+
+    def times(self, x: Tensor, frame: Frame, *, in_place: bool) -> Tensor:
+        """Its product with a map (B, C', H, W)."""
+        return gated(x, self.source.values(), self.layers, frame, in_place=in_place)
+
+
+def layer_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The layer that a call is on a vector (B, C) or (B, C, 1, 1), its first argument, or None."""
+    if func in _ACTIVATIONS:
+        return Layer(activation=_ACTIVATIONS[func])
+    if func is F.linear:
+        return _linear(*args[1:], **kwargs) if args[0].dim() == 2 else None
+    if func in (F.conv2d, torch.conv2d) and args[0].dim() == 4:
+        return _convolution(*args[1:], **kwargs)
+    return None
+
+
+_ACTIVATIONS: Mapping[Any, Any] = {
+    torch.relu: "relu", torch.relu_: "relu", Tensor.relu: "relu", Tensor.relu_: "relu",
+    F.relu: "relu", F.relu_: "relu",
+    torch.sigmoid: "sigmoid", Tensor.sigmoid: "sigmoid", F.sigmoid: "sigmoid",
+    torch.sigmoid_: "sigmoid", Tensor.sigmoid_: "sigmoid",
+}  # fmt: skip
+
+
+def _linear(weight: Tensor, bias: Tensor | None = None) -> Layer:
+    return Layer(weight, bias)
+
+
+def _convolution(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Layer | None:
+    plain = stride in (1, (1, 1)) and padding in (0, (0, 0)) and groups == 1
+    return Layer(weight[:, :, 0, 0], bias) if plain and weight.shape[2:] == (1, 1) else None

@@ -1,0 +1,91 @@
+"""Gates of channel attention: a map times what a few layers make of its pooled values.
+
+Made local, the pooled values are a map too, of the windows that the map contains. Layers and
+product then are passes over maps as large as the map itself; on the CPU one kernel does them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fullres.ops.arrays import for_kernel
+from fullres.ops.frames import Frame
+
+Activation = Literal["relu", "sigmoid"]
+
+LARGE = 2**15
+"""Weights from which on a convolution by itself is faster than in the kernel."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A 1 × 1 convolution or an activation, of maps (B, C, h, w)."""
+
+    weight: Tensor | None = None
+    """Of the convolution, (C', C)."""
+    bias: Tensor | None = None
+    """Of the convolution, (C',)."""
+    activation: Activation | None = None
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether vectors (B, C, …) have the channels and the type of its weights."""
+        if self.weight is None:
+            return True
+        return self.weight.shape[1] == x.shape[1] and self.weight.dtype == x.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.weight is not None:
+            return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+        return x if self.activation is None else getattr(torch, self.activation)(x)
+
+
+def layered(inner: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """What layers make of a map (B, C, h, w), one after the other."""
+    for layer in layers:
+        inner = layer(inner)
+    return inner
+
+
+def gated(
+    x: Tensor, inner: Tensor, layers: Sequence[Layer], frame: Frame, *, in_place: bool = False
+) -> Tensor:
+    """Product of a map and what layers make of pooled values, at every position.
+
+    Args:
+        x: map (B, C', H, W) of a floating-point type, any values, any strides.
+        inner: pooled values (B, C, h, w) of the windows that the map contains, in the type of `x`.
+        layers: take C channels, give C'.
+        frame: how the windows stand for the positions of the map.
+        in_place: whether the product is written to `x`.
+
+    Returns:
+        (B, C', H, W), in the type and memory format of `x`; on the CPU computed in float32 or
+        better, with one rounding.
+    """
+    while any(y.weight is not None and y.weight.numel() > LARGE for y in layers):
+        inner, layers = layers[0](inner), layers[1:]
+    made = [inner.shape[1], *(len(y.weight) for y in layers if y.weight is not None)]
+    if x.shape[:2] == (len(inner), made[-1]) and _serves(x, inner, layers):
+        from fullres.ops import gate_cpu
+
+        return gate_cpu.gated(x, inner, layers, frame, x if in_place else torch.empty_like(x))
+    return frame.scaled(x, layered(inner, layers), in_place=in_place)
+
+
+def _serves(x: Tensor, inner: Tensor, layers: Sequence[Layer]) -> bool:
+    """Whether the kernel may take these."""
+    kinds = (torch.float32, torch.bfloat16)
+    given = [inner, *(t for y in layers for t in (y.weight, y.bias) if t is not None)]
+    return (
+        bool(layers)
+        and x.shape[1] % 16 == 0
+        and x.numel() > 0
+        and for_kernel(x, *given, dtypes=kinds)
+        and all(t.dtype in kinds and t.device == x.device for t in given)
+    )

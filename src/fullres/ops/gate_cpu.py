@@ -1,0 +1,160 @@
+"""Gates on the CPU: layers and product in one read and one write of the map.
+
+A job goes down rows of the map and makes the gates of a row from the pooled values once. Runs of
+positions pass the layers in the fastest cache, sixteen positions by sixteen channels in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from fullres.ops.arrays import as_array
+from fullres.ops.frames import Frame
+from fullres.ops.gate import Layer
+from fullres.ops.lanes import (
+    LANES,
+    add_outer,
+    add_square,
+    load,
+    multiply,
+    relu,
+    sigmoid,
+    store,
+    zero_square,
+)
+from fullres.ops.threads import split, spread
+
+_jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
+
+RUN = 32
+"""Positions that pass the layers at a time."""
+_CONVOLUTION, _RELU, _SIGMOID = 0, 1, 2
+
+
+def gated(x: Tensor, inner: Tensor, layers: Sequence[Layer], frame: Frame, out: Tensor) -> Tensor:
+    """As `fullres.ops.gate` has it, of channels-last maps in float32 or bfloat16.
+
+    The channels of `x` are a multiple of `LANES`. The result is written to `out`.
+    """
+    source, target = _rows(x), _rows(out)
+    values = _rows(inner.float().contiguous(memory_format=torch.channels_last))
+    steps, factors = _program(layers, inner.shape[1])
+    place = np.array((*frame.before, x.shape[1], inner.shape[1]))
+    spread(
+        [
+            (_gated, source[b], values[b], target[b], steps, factors, place, *run)
+            for b in range(len(x))
+            for run in split(x.shape[2], 4 * torch.get_num_threads())
+        ]
+    )
+    return out
+
+
+def _rows(x: Tensor) -> Any:
+    """(B, H, W * C)."""
+    return as_array(x.permute(0, 2, 3, 1).flatten(2))
+
+
+def _program(layers: Sequence[Layer], channels: int) -> tuple[Any, Any]:
+    """Steps (what, channels before, channels after, place of its factors), and all factors.
+
+    Those of a convolution are the bias, then a row of weights a channel before. Channels are
+    filled up with zeros to whole vectors.
+    """
+    steps, factors = [], [torch.zeros(0)]
+    place, before = 0, _whole(channels)
+    for layer in layers:
+        what = {"relu": _RELU, "sigmoid": _SIGMOID}.get(layer.activation or "", _CONVOLUTION)
+        after = before
+        if layer.weight is not None:
+            after = _whole(len(layer.weight))
+            filled = torch.zeros(1 + before, after)
+            filled[1 : 1 + layer.weight.shape[1], : len(layer.weight)] = layer.weight.mT
+            if layer.bias is not None:
+                filled[0, : len(layer.weight)] = layer.bias
+            factors.append(filled.flatten())
+        steps.append((what, before, after, place))
+        place, before = place + factors[-1].numel() * (what == _CONVOLUTION), after
+    return np.array(steps), torch.cat(factors).numpy()
+
+
+def _whole(channels: int) -> int:
+    return -(-channels // LANES) * LANES
+
+
+# The kernel takes the rows of one map, those of its pooled values, those of the result; the steps
+# and their factors; (rows above, columns left, channels, pooled channels); and its run of rows.
+
+
+@_jit
+def _gated(x, inner, out, steps, factors, place, first, last):
+    top, left, channels, pooled = place
+    windows, width = inner.shape[1] // pooled, x.shape[1] // channels
+    gates = np.zeros((windows + RUN) * channels, np.float32)
+    widest = steps[:, 1:3].max()
+    some, others = np.zeros(RUN * widest, np.float32), np.zeros(RUN * widest, np.float32)
+    made = -1
+    for y in range(first, last):
+        row = min(max(y - top, 0), len(inner) - 1)
+        if row != made:
+            made = row
+            for begin in range(0, windows, RUN):
+                count = min(RUN, windows - begin)
+                _take(inner[row], begin, count, pooled, steps[0, 1], some)
+                gates_here = gates[begin * channels : (begin + RUN) * channels]
+                some, others = _layers(some, others, steps, factors, gates_here)
+        _multiply(x[y], out[y], gates, left, windows, width, channels)
+
+
+@_jit
+def _take(inner, begin, count, pooled, whole, run):
+    for n in range(count):
+        for c in range(pooled):
+            run[n * whole + c] = inner[(begin + n) * pooled + c]
+        for c in range(pooled, whole):
+            run[n * whole + c] = 0
+
+
+@_jit
+def _layers(some, others, steps, factors, gates):
+    """A run of positions through the layers, to `gates`. Returns the two rooms that it used."""
+    for n in range(len(steps)):
+        what, before, after, place = steps[n]
+        target = gates if n + 1 == len(steps) else others
+        if what == _CONVOLUTION:
+            _convolve(some, before, after, factors[place:], target)
+        else:
+            for at in range(0, RUN * before, LANES):
+                values = load(some, at)
+                store(target, at, relu(values) if what == _RELU else sigmoid(values))
+        some, others = others, some
+    return some, others
+
+
+@_jit
+def _convolve(run, before, after, factors, out):
+    for c in range(0, after, LANES):
+        for n in range(0, RUN, LANES):
+            square = zero_square()
+            for k in range(before):
+                weights = load(factors, (1 + k) * after + c)
+                square = add_outer(square, run, n * before + k, before, weights)
+            for m in range(n, n + LANES):
+                store(out, m * after + c, load(factors, c))
+            add_square(out, n * after + c, after, square)
+
+
+@_jit
+def _multiply(x, out, gates, left, windows, width, channels):
+    """A row times its gates; the first and the last serve all positions beyond."""
+    for column in range(width):
+        gate = min(max(column - left, 0), windows - 1) * channels
+        for c in range(0, channels, LANES):
+            at = column * channels + c
+            store(out, at, multiply(load(x, at), load(gates, gate + c)))

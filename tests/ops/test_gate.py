@@ -1,0 +1,119 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fullres.ops.box import local_mean
+from fullres.ops.frames import Frame
+from fullres.ops.gate import LARGE, Layer, gated
+
+ACTIVATIONS = (None, "relu", "sigmoid")
+
+
+def wide(layer):
+    weight, bias = (t if t is None else t.double() for t in (layer.weight, layer.bias))
+    return Layer(weight, bias, layer.activation)
+
+
+def expected(x, inner, layers, frame):
+    """In float64, every position by itself."""
+    gate = inner.double()
+    for layer in map(wide, layers):
+        gate = layer(gate)
+    return x.double() * frame.extended(gate)
+
+
+@st.composite
+def heads(draw):
+    channels = draw(st.sampled_from([16, 32, 48, 20, 3]))
+    pooled = draw(st.integers(1, 40))
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    layers, last = [], pooled
+    for after in [*draw(st.lists(st.integers(1, 40), max_size=2)), channels]:
+        bias = torch.randn(after) if draw(st.booleans()) else None
+        layers.append(Layer(torch.randn(after, last) / last**0.5, bias))
+        activation = draw(st.sampled_from(ACTIVATIONS))
+        if activation:
+            layers.append(Layer(activation=activation))
+        last = after
+    return channels, pooled, layers
+
+
+@given(
+    heads(),
+    st.tuples(st.integers(1, 40), st.integers(1, 90)),
+    st.tuples(st.integers(1, 50), st.integers(1, 90)),
+    st.integers(1, 2),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_it_is_the_product_with_the_layers_at_every_position(
+    head, size, window, batch, in_place, pixels
+):
+    channels, pooled, layers = head
+    kind = torch.channels_last if pixels else torch.contiguous_format
+    frame = Frame.of(size, window)
+    x = torch.randn(batch, channels, *size).contiguous(memory_format=kind)
+    inner = torch.randn(batch, pooled, *frame.windows).contiguous(memory_format=kind)
+    wanted = expected(x, inner, layers, frame)
+    with torch.no_grad():
+        found = gated(x, inner, layers, frame, in_place=in_place)
+    assert (found is x) == in_place
+    assert found.stride() == x.stride()
+    assert (found - wanted).abs().max() <= 1e-5 * (1 + wanted.abs().max())
+
+
+def test_bfloat16_is_rounded_once():
+    frame = Frame.of((30, 50), (9, 11))
+    x = torch.randn(1, 32, 30, 50).bfloat16().contiguous(memory_format=torch.channels_last)
+    inner = torch.randn(1, 8, *frame.windows).bfloat16()
+    inner = inner.contiguous(memory_format=torch.channels_last)
+    layers = [Layer(torch.randn(32, 8).bfloat16()), Layer(activation="sigmoid")]
+    with torch.no_grad():
+        found = gated(x, inner, layers, frame)
+    wanted = expected(x, inner, layers, frame)
+    assert found.dtype == torch.bfloat16
+    assert ((found - wanted).abs() <= 2**-8 * wanted.abs() + 1e-30).all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid"])
+def test_activations_of_any_value(activation):
+    values = torch.tensor([0.0, -0.0, 1e-30, 1, -1, 20, -20, 80, -80, 87.5, -89, 1e4, -1e4, 3e38])
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    values = torch.cat([values, -values, special, torch.linspace(-90, 90, 33)])
+    inner = values.view(1, -1, 1, 1).contiguous(memory_format=torch.channels_last)
+    assert values.numel() == 64
+    frame = Frame.of((1, 1), (1, 1))
+    x = torch.ones_like(inner)
+    with torch.no_grad():
+        found = gated(x, inner, [Layer(activation=activation)], frame).flatten().double()
+    wanted = getattr(torch, activation)(values.double())
+    assert torch.equal(found.isnan(), wanted.isnan())
+    found, wanted = found.nan_to_num(-1), wanted.nan_to_num(-1)
+    assert torch.equal(found.isinf(), wanted.isinf())
+    finite = wanted.isfinite()
+    assert ((found - wanted).abs()[finite] <= 3e-7 * wanted.abs()[finite] + 2e-38).all()
+
+
+def test_large_layers_are_computed_by_themselves():
+    frame = Frame.of((9, 20), (4, 5))
+    channels = 16 * (int(LARGE**0.5) // 16 + 1)
+    x = torch.randn(1, channels, 9, 20).contiguous(memory_format=torch.channels_last)
+    inner = torch.randn(1, channels, *frame.windows).contiguous(memory_format=torch.channels_last)
+    layers = [Layer(torch.randn(channels, channels) / 14), Layer(activation="sigmoid")]
+    with torch.no_grad():
+        found = gated(x, inner, layers, frame)
+    assert (found - expected(x, inner, layers, frame)).abs().max() < 1e-5
+
+
+def test_derivatives_flow():
+    frame = Frame.of((6, 7), (3, 3))
+    x = torch.randn(1, 16, 6, 7, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(16, 16, dtype=torch.float64, requires_grad=True)
+
+    def head(x, weight):
+        inner = local_mean(x, (3, 3), replicate=False)
+        return gated(x, inner, [Layer(weight), Layer(activation="sigmoid")], frame)
+
+    assert torch.autograd.gradcheck(head, (x, weight))
