@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -72,7 +74,14 @@ class Upsampled(Head):  # ASPP
         return torch.cat([x, y, pooled.expand(-1, -1, *x.shape[2:])], 1)
 
 
-HEADS = [Classic, Flattened, Convolved, Channelwise, Selective, Mixed, Upsampled]
+class Reused(Head):
+    def forward(self, x, pooled):
+        gate = self.fc(pooled.view(*x.shape[:2])).view(*x.shape[:2], 1, 1)
+        once, again = x * gate, (-2 * x).mul_(gate)
+        return once + again + gate * pooled + x * pooled.relu()
+
+
+HEADS = [Classic, Flattened, Convolved, Channelwise, Selective, Mixed, Upsampled, Reused]
 
 
 @torch.no_grad()
@@ -164,6 +173,39 @@ class Squeezed(nn.Module):
         x = self.first(x)
         pooled = self.pool(x)
         return self.act(x) * self.gate(pooled)
+
+
+class Attention(nn.Module):
+    """Squeeze and excitation as most write it, with one way to write the layers or the other."""
+
+    def __init__(self, channels, reduced, linear):
+        super().__init__()
+        layer = nn.Linear if linear else partial(nn.Conv2d, kernel_size=1)
+        self.first = nn.Conv2d(3, channels, 3, padding=1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        layers = [layer(channels, reduced), nn.ReLU(True), layer(reduced, channels), nn.Sigmoid()]
+        self.gate = nn.Sequential(*layers)
+        self.linear = linear
+
+    def forward(self, x):
+        x = self.first(x)
+        pooled = self.pool(x).flatten(1) if self.linear else self.pool(x)
+        return x * self.gate(pooled).view(*x.shape[:2], 1, 1)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("reduced", [4, 20, 32])
+def test_attention_is_the_same_in_compiled_kernels(reduced, linear):
+    torch.manual_seed(0)
+    net = Attention(32, reduced, linear)
+    x = torch.rand(2, 3, 40, 50)
+    with convert(net.double(), Local(train_size=16)):
+        exact = net(x.double())  # derivatives are recorded: torch's own operators
+    kind = torch.channels_last
+    with convert(net.float().to(memory_format=kind), Local(train_size=16)), torch.inference_mode():
+        found = net(x.contiguous(memory_format=kind))
+    assert found.is_contiguous(memory_format=kind)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
