@@ -261,18 +261,27 @@ def test_threads_do_not_meet():
     assert not wrong
 
 
-def test_the_number_of_threads_changes_nothing():
-    x = torch.randn(1, 1, 300, 200)
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(
+        st.integers(1, 2), st.sampled_from([1, 3, 18]), st.integers(1, 60), st.integers(1, 9)
+    ),
+    st.tuples(st.integers(1, 60), st.integers(1, 9)),
+    st.sampled_from([torch.contiguous_format, torch.channels_last]),
+    st.integers(1, 17),
+)
+def test_the_number_of_threads_changes_nothing(shape, window, layout, threads):
+    x = torch.randn(shape).contiguous(memory_format=layout)
+    mean, var = exact(x, window)
     before = torch.get_num_threads()
-    results = []
+    torch.set_num_threads(threads)
     try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(local_mean(x, (30, 30)))
+        found_mean, found_var = local_mean_var(x, window)
+        found = local_mean(x, window)
     finally:
         torch.set_num_threads(before)
-    for result in results[1:]:
-        torch.testing.assert_close(result, results[0], rtol=1e-6, atol=1e-7)
+    for result, wanted in ((found, mean), (found_mean, mean), (found_var, var)):
+        torch.testing.assert_close(result.double(), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_empty_batches_pass():
