@@ -120,6 +120,32 @@ def test_the_maximum_equals_the_definition(case):
     assert torch.equal(local_max(x, window), windows[:, :, rows][..., columns])
 
 
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_the_maximum_of_any_values_on_any_threads(data):
+    """NaN marks the windows that hold it; an infinity is a number."""
+    b, c = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([3, 16, 31, 32, 50, 97]))
+    h, w = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 30))
+    kh, kw = data.draw(st.integers(1, h)), data.draw(st.integers(1, w))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    x = torch.randn(b, c, h, w, generator=generator)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        x[torch.rand(x.shape, generator=generator) < data.draw(st.sampled_from([0, 0.02, 0.5]))] = (
+            value
+        )
+    windows = x.unfold(2, kh, 1).unfold(3, kw, 1).flatten(4).amax(-1)
+    layout = data.draw(st.sampled_from([torch.contiguous_format, torch.channels_last]))
+    x = x.contiguous(memory_format=layout)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(data.draw(st.sampled_from([1, 2, 5])))
+        maxima = local_max(x, (kh, kw), replicate=False)
+    finally:
+        torch.set_num_threads(before)
+    assert maxima.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(maxima, windows, rtol=0, atol=0, equal_nan=True)
+
+
 def test_the_maximum_has_derivatives():
     torch.manual_seed(0)
     x = torch.randn(1, 2, 6, 5, dtype=torch.float64, requires_grad=True)
@@ -285,7 +311,10 @@ def test_the_number_of_threads_changes_nothing(shape, window, layout, threads):
 
 
 def test_empty_batches_pass():
-    assert local_mean(torch.empty(0, 3, 4, 4), (2, 2)).shape == (0, 3, 4, 4)
+    for statistic in (local_mean, local_max):
+        x = torch.empty(0, 3, 4, 4)
+        assert statistic(x, (2, 2)).shape == (0, 3, 4, 4)
+        assert statistic(x, (2, 2), replicate=False).shape == (0, 3, 3, 3)
 
 
 @pytest.mark.parametrize(
