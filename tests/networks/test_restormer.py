@@ -9,8 +9,16 @@ from hypothesis import strategies as st
 
 from fullres import Local, convert, plan
 from fullres.errors import ConversionError, NetworkError
+from fullres.memory import peak_memory
 from fullres.networks.catalog import create_network
-from fullres.networks.restormer import ARCHITECTURE, Restormer, TransposedAttention
+from fullres.networks.restormer import (
+    ARCHITECTURE,
+    LayerNorm,
+    Restormer,
+    TransformerBlock,
+    TransposedAttention,
+)
+from fullres.ops import parts
 
 SMALL = {"dim": 4, "num_blocks": (1, 1, 1, 1), "num_refinement_blocks": 1, "heads": (1, 2, 2, 4)}
 
@@ -130,6 +138,45 @@ def test_attention_is_that_of_the_paper():
     weights = (attention.temperature * torch.einsum("bhcn,bhdn->bhcd", q, k)).softmax(-1)
     expected = attention.project_out((weights @ v).view(2, 12, 5, 7))
     torch.testing.assert_close(attention(x), expected)
+
+
+def test_with_a_norm_attention_adds_what_it_is_given():
+    torch.manual_seed(0)
+    attention, norm = TransposedAttention(12, 3, bias=True), LayerNorm(12, "WithBias")
+    x = torch.randn(2, 12, 40, 50)
+    before = x.clone()
+    expected = x + attention(norm(x))
+    torch.testing.assert_close(attention(x, norm), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(x, norm), expected)
+    assert torch.equal(x, before)
+
+
+def test_blocks_leave_their_input_as_it_is(monkeypatch):
+    monkeypatch.setitem(parts.BUDGET, "cpu", 2**13)
+    torch.manual_seed(0)
+    block, x = TransformerBlock(4, 2, 2.66, False, "BiasFree"), torch.randn(1, 4, 40, 50)
+    before = x.clone()
+    expected = block(x)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), expected)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("dual", [False, True])
+def test_a_pass_takes_two_of_the_largest_maps(monkeypatch, small, local, dual):
+    """And a few rows, beside the picture; the result and the first features where they are kept."""
+    monkeypatch.setitem(parts.BUDGET, "cpu", 2**15)
+    network = Restormer(**SMALL, inp_channels=6, dual_pixel_task=True) if dual else small
+    if local:
+        convert(network, Local(train_size=64, window=96), torch.rand(1, 6 if dual else 3, 64, 64))
+    channels, height, width = 6 if dual else 3, 512, 640
+    plane = 4 * height * width
+    largest = 2 * SMALL["dim"] * plane
+    need = peak_memory(network, (1, channels, height, width), torch.float32, "cpu")
+    kept = largest if dual else 0
+    assert 2 * largest < need < 2.25 * largest + channels * plane + kept
 
 
 def test_dual_pixel_network():

@@ -45,6 +45,42 @@ def test_the_same_as_in_one_piece(batch, channels, height, width, last, strided)
         torch.testing.assert_close(in_parts(function, x, channels=6, halo=2), function(x))
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    halo=st.integers(0, 12),
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+    last=st.booleans(),
+    strided=st.booleans(),
+)
+def test_in_place_the_same_in_the_memory_of_the_map(batch, halo, height, width, last, strided):
+    torch.manual_seed(halo)
+    conv = nn.Conv2d(4, 4, 2 * halo + 1, padding=halo, groups=4, dtype=torch.float64)
+    form = torch.channels_last if last else torch.contiguous_format
+    x, y = torch.rand(2, batch, 4, height * (1 + strided), width, dtype=torch.float64)
+    x = x.contiguous(memory_format=form)[:, :, :: 1 + strided]
+    y = y[:, :, :height]
+
+    def function(x, y):
+        return conv(x) * y + x
+
+    with torch.inference_mode():
+        expected, before = function(x, y), y.clone()
+        found = in_parts(function, x, y, channels=6, halo=halo, in_place=True)
+        torch.testing.assert_close(found, expected)
+        assert (found is x) == (height * width > 2 * (2**13 // (6 * 8)))
+        assert torch.equal(y, before)
+
+
+def test_in_place_only_where_no_derivatives_are_recorded():
+    x = torch.rand(1, 4, 64, 96, requires_grad=True)
+    before = x.detach().clone()
+    in_parts(lambda x: x * 2, x, channels=4, in_place=True).sum().backward()
+    assert torch.equal(x.detach(), before)
+    assert torch.equal(x.grad, torch.full_like(x, 2))
+
+
 def test_several_maps_and_a_vector():
     x, y = torch.rand(2, 2, 3, 70, 80).unbind()
     weights = torch.rand(2, 3, 1, 1)

@@ -339,24 +339,32 @@ def test_products_are_those_of_float64(data):
 
 @pytest.mark.parametrize("window", [None, (9, 12)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_and_convolution_in_one_product(monkeypatch, window, dtype):
+@pytest.mark.parametrize(("outputs", "added"), [(20, False), (20, True), (32, True)])
+def test_attention_and_convolution_in_one_product(monkeypatch, window, dtype, outputs, added):
     """What the fast path takes together is what one after the other gives."""
     monkeypatch.setitem(parts.BUDGET, "cpu", 2**15)
     channels = 32
     torch.manual_seed(0)
     x = torch.randn(2, channels, 48, 56).to(dtype).contiguous(memory_format=torch.channels_last)
-    narrow, mix = torch.randn(3 * channels, channels, 1, 1) / 6, torch.randn(20, channels, 1, 1)
-    temperature, bias = torch.tensor([0.7, 3.0]), torch.randn(20)
+    narrow, mix = (
+        torch.randn(3 * channels, channels, 1, 1) / 6,
+        torch.randn(outputs, channels, 1, 1),
+    )
+    temperature, bias = torch.tensor([0.7, 3.0]), torch.randn(outputs)
+    residual = torch.randn(2, outputs, 48, 56).to(dtype) if added else None
 
     def project(x):
         return F.conv2d(x, narrow.to(x.dtype)).chunk(3, 1)
 
     wide = transposed_attention_reference(*project(x.double()), temperature.double(), window)
     expected = F.conv2d(wide, mix.to(dtype).double(), bias.to(dtype).double())
+    expected = expected if residual is None else expected + residual.double()
+    mix, bias = mix.to(dtype), bias.to(dtype)
+    options = {"residual": residual, "channels": 96, "halo": 0}
+    before = None if residual is None else residual.clone()
     with torch.inference_mode():
-        found = projected_attention(
-            project, x, temperature, mix.to(dtype), bias.to(dtype), window, channels=96, halo=0
-        )
+        found = projected_attention(project, x, temperature, mix, bias, window, **options)
+    assert residual is None or torch.equal(residual, before)
     assert found.dtype == dtype
     error = (found.double() - expected).abs().max() / expected.abs().max()
     assert error < (1e-5 if dtype == torch.float32 else 3e-2)

@@ -74,15 +74,20 @@ class TransposedAttention(nn.Module):
         self.qkv_dwconv = nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=bias)
         self.project_out = nn.Conv2d(channels, channels, 1, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """The attended map; with a norm, position by position, `x + attended(norm(x))`.
+
+        Which takes one map of memory, where nothing is derived, and no whole map of the norm's.
+        """
         return projected_attention(
-            self._project,
+            lambda part: self._project(part if norm is None else norm(part)),
             x,
             self.temperature,
             self.project_out.weight,
             self.project_out.bias,
             self.window,
             self.stride,
+            residual=None if norm is None else x,
             channels=3 * x.shape[1],
             halo=1,
         )
@@ -162,8 +167,9 @@ class TransformerBlock(nn.Module):
         self.ffn = GatedFeedForward(channels, expansion, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = total(self.attn(self.norm1(x)), x)
-        return in_parts(self._feed_forward, x, channels=self.ffn.project_in.out_channels, halo=1)
+        x = self.attn(x, norm=self.norm1)
+        wide = self.ffn.project_in.out_channels
+        return in_parts(self._feed_forward, x, channels=wide, halo=1, in_place=True)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return total(self.ffn(self.norm2(x)), x)
@@ -270,22 +276,34 @@ class Restormer(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
         image = pad_to_multiple(image, MULTIPLE)
-        first = self.patch_embed(image)
-        skip1 = self.encoder_level1(first)
-        skip2 = self.encoder_level2(self.down1_2(skip1))
-        skip3 = self.encoder_level3(self.down2_3(skip2))
-        x = self.up4_3(self.latent(self.down3_4(skip3)))
-        x = self.decoder_level3(self.reduce_chan_level3(torch.cat([x, skip3], 1)))
-        x = self.up3_2(x)
-        x = self.decoder_level2(self.reduce_chan_level2(torch.cat([x, skip2], 1)))
-        x = self.decoder_level1(torch.cat([self.up2_1(x), skip1], 1))
-        x = self.refinement(x)
+        x: Tensor = self.patch_embed(image)
+        first = None if self.skip_conv is None else x
+        skips = []
+        # block by block, for a call of a whole level would hold what went in until it ends
+        for level, down in (
+            (self.encoder_level1, self.down1_2),
+            (self.encoder_level2, self.down2_3),
+            (self.encoder_level3, self.down3_4),
+        ):
+            for block in level:
+                x = block(x)
+            skips.append(x)
+            x = down(x)
+        for steps in (
+            (*self.latent, self.up4_3),
+            (self.reduce_chan_level3, *self.decoder_level3, self.up3_2),
+            (self.reduce_chan_level2, *self.decoder_level2, self.up2_1),
+        ):
+            for step in steps:
+                x = step(x)
+            x = torch.cat([x, skips.pop()], 1)
+        for block in (*self.decoder_level1, *self.refinement):
+            x = block(x)
         if self.skip_conv is None:
             x = self.output(x) + image
         else:
-            x = self.output(x + self.skip_conv(first))
-        result: Tensor = x[..., :height, :width]
-        return result
+            x = self.output(total(x, self.skip_conv(first)))
+        return x[..., :height, :width]
 
 
 def _check(

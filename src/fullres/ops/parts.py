@@ -8,8 +8,9 @@ saves the time to write and read them as well as their room.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from types import EllipsisType
 
 import torch
@@ -49,7 +50,11 @@ class Part:
 
 
 def in_parts(
-    function: Callable[..., Tensor], *maps: Tensor, channels: int, halo: int = 0
+    function: Callable[..., Tensor],
+    *maps: Tensor,
+    channels: int,
+    halo: int = 0,
+    in_place: bool = False,
 ) -> Tensor:
     """`function(*maps)`, computed part by part where that pays.
 
@@ -60,10 +65,13 @@ def in_parts(
         maps: (B, C, H, W), of any strides; those that are (B, C, 1, 1) are given as they are.
         channels: those of the widest intermediate map.
         halo: reach of the function, in positions.
+        in_place: the first map is of no further use, and the result, which has its channels and
+            type, takes its memory; then beside it only a few rows are held. What is not computed
+            in parts takes memory of its own.
 
     Returns:
-        (B, C', H, W), in the memory format of the first map; the same as `function(*maps)`, to
-        rounding.
+        (B, C', H, W), the same as `function(*maps)`, to rounding, in the same memory format or in
+        place.
 
     >>> blur = torch.nn.Conv2d(3, 8, 3, padding=1)
     >>> with torch.no_grad():
@@ -75,16 +83,46 @@ def in_parts(
     parts = list(split(first, channels, halo))
     if len(parts) <= 1 or has_torch_function(maps):  # what stands for a map has its own ways
         return function(*maps)
-    out: Tensor | None = None
+    if isinstance(first, FakeTensor):  # for shapes and memory any part will do
+        parts = parts[:1]
+    if in_place and halo:
+        return _written_late(function, maps, parts, halo)
+    out = first if in_place else None
     for number in range(len(first)):
-        # for shapes and memory any part will do
-        for part in parts[:1] if isinstance(first, FakeTensor) else parts:
+        for part in parts:
             y = function(*(taken(x, number, part) for x in maps))
             if out is None:
-                out = room(first, y.shape[1], y.dtype)
+                out = room(first, y)
             out[number][part.place] = y[0][part.inside]
     assert out is not None
     return out
+
+
+def _written_late(
+    function: Callable[..., Tensor], maps: Sequence[Tensor], parts: Sequence[Part], halo: int
+) -> Tensor:
+    """The first map, with what the function gives written over it.
+
+    Parts go from the top down. A row is overwritten once no part is left that reads it: results of
+    a row of parts gather beside the map, and its last rows wait for the next row of parts.
+    """
+    x = maps[0]
+    bands = [list(band) for _, band in groupby(parts, key=lambda part: part.top)]
+    gathered = room(x[:1, :, : parts[0].bottom], x)
+    for number in range(len(x)):
+        target = x[number : number + 1]
+        late = gathered[:, :, :0]
+        for band in bands:
+            top, bottom = band[0].top, band[0].bottom
+            for part in band:
+                y = function(*(taken(z, number, part) for z in maps))
+                rows = slice(0, bottom - top)
+                gathered[:, :, rows, part.left : part.right] = y[part.inside]
+            written = bottom if band is bands[-1] else bottom - halo
+            target[:, :, top - late.shape[2] : top] = late
+            target[:, :, top:written] = gathered[:, :, : written - top]
+            late = gathered[:, :, written - top : bottom - top].clone()
+    return x
 
 
 def split(x: Tensor, channels: int, halo: int) -> Iterator[Part]:
@@ -101,6 +139,7 @@ def split(x: Tensor, channels: int, halo: int) -> Iterator[Part]:
         return
     # about twice as wide as high: rows are what memory holds together
     rows = math.ceil(height / max(1, round(height / math.sqrt(positions / 2))))
+    rows = max(rows, halo)  # no part reads further than the next
     columns = math.ceil(width / max(1, round(width * rows / positions)))
     for top in range(0, height, rows):
         for left in range(0, width, columns):
@@ -121,10 +160,10 @@ def taken(x: Tensor, number: int, part: Part) -> Tensor:
     return piece[part.read].contiguous(memory_format=_format(x))
 
 
-def room(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """An empty map (B, channels, H, W) in the memory format of another of the same size."""
-    shape = (len(like), channels, *like.shape[-2:])
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=_format(like))
+def room(x: Tensor, part: Tensor) -> Tensor:
+    """An empty map of the batch, height and width of `x`, in all else like a part of a result."""
+    shape = (len(x), part.shape[1], *x.shape[-2:])
+    return torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=_format(part))
 
 
 def _format(x: Tensor) -> torch.memory_format:

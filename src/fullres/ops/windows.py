@@ -13,7 +13,7 @@ cells, and the average of `A_w v` over the windows w that cover a cell is `(aver
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from fullres.ops.cells import gram, pairs, products, span_sums, squares, weigh, wide
-from fullres.ops.parts import Part, room, split, taken
+from fullres.ops.parts import Part, Place, room, split, taken
 
 Size = tuple[int, int]
 
@@ -93,13 +93,15 @@ def projected_attention(
     window: Size | None = None,
     stride: int | Size | None = None,
     *,
+    residual: Tensor | None = None,
     channels: int,
     halo: int,
 ) -> Tensor:
-    """A 1 × 1 convolution of `transposed_attention(*project(x), …)`.
+    """A 1 × 1 convolution of `transposed_attention(*project(x), …)`, and a map added to it.
 
     Without whole maps of queries and keys, and with one product for attention and convolution,
     whose matrices are multiplied first, where that pays and no derivatives or graph are recorded.
+    The result then takes the memory of the values: the only whole map beside those given.
 
     Args:
         project: queries, keys and values (B, heads * c, h, w) of a part (B, C, h, w) of the map;
@@ -110,20 +112,21 @@ def projected_attention(
         bias: of the convolution, (C',), or None.
         window: as there.
         stride: as there.
+        residual: map (B, C', H, W) to add, `x` for instance; it is left as it is.
         channels: those of the widest intermediate map of `project`.
         halo: reach of `project`, in positions.
 
     Returns:
-        (B, C', H, W), in the memory format of `x`. Errors as there.
+        (B, C', H, W), in the memory format of the values. Errors as there.
     """
     rows, columns = _axes(x, window, stride)
     cells = _Cells(_Axis.of(*rows), _Axis.of(*columns))
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
     too_many = cells.number * len(weight) > x[:1, :1].numel()  # matrices larger than the map
     if recorded or too_many:
-        return F.conv2d(
-            transposed_attention(*project(x), temperature, window, stride), weight, bias
-        )
+        y = transposed_attention(*project(x), temperature, window, stride)
+        y = F.conv2d(y, weight, bias)
+        return y if residual is None else y + residual
     parts = list(split(x, channels, halo))
     if isinstance(x, FakeTensor):  # shapes and memory are those of any part
         parts = parts[:1]
@@ -133,7 +136,8 @@ def projected_attention(
         m = _matrices(cells, *sums, temperature).squeeze(2)  # (rows, columns, heads, c, c)
         by_head = weight.to(m.dtype).view(len(weight), *m.shape[2:4]).transpose(0, 1)
         m = (by_head @ m).transpose(2, 3).flatten(3)  # (rows, columns, C', heads * c)
-        results.append(cells.convolved(values, m.to(x.dtype)[..., None, None], bias))
+        added = None if residual is None else residual[number : number + 1]
+        results.append(cells.convolved(values, m.to(x.dtype)[..., None, None], bias, added))
     return results[0] if len(results) == 1 else torch.cat(results)
 
 
@@ -155,7 +159,7 @@ def _summed(
         q, k = _by_head(q, heads), _by_head(k, heads)
         sums = here.products(q, k)
         if values is None:
-            values = room(x[:1], v.shape[1], v.dtype)
+            values = room(x[:1], v)
             totals = [s.new_zeros(*cells.shape, *s.shape[2:]) for s in sums]
         for total, some in zip(totals, sums, strict=True):
             here.cut(total, top, left).add_(some)
@@ -259,6 +263,11 @@ def _axes(
     )
 
 
+def _area(place: tuple[int, int, Place]) -> int:
+    _, rows, columns = place[2]
+    return int((rows.stop - rows.start) * (columns.stop - columns.start))
+
+
 @dataclass(frozen=True)
 class _Axis:
     """How the borders of the windows cut one axis. Pairs are (first, first after the last)."""
@@ -342,13 +351,31 @@ class _Cells:
     def weigh(self, m: Tensor, x: Tensor) -> Tensor:
         return weigh(m, x, self.rows.cuts, self.columns.cuts)
 
-    def convolved(self, x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
-        """A map (B, C, H, W) convolved, in each cell by its own weights of (rows, columns, …)."""
-        if self.number == 1:
-            return F.conv2d(x, weights[0, 0], bias)
-        out = room(x, weights.shape[2], x.dtype)
+    def convolved(
+        self, x: Tensor, weights: Tensor, bias: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        """A map (1, C, H, W) convolved, in each cell by its own weights of (rows, columns, …).
+
+        In the memory of the map where the result has as many channels.
+        """
+        channels = weights.shape[2]
+        out = x if channels == x.shape[1] else None
+        fake = isinstance(x, FakeTensor)  # for memory one part of the largest cell will do
+        places = list(self.places())
+        for r, s, here in [max(places, key=_area)] if fake else places:
+            cell = x[here]
+            parts = list(split(cell, max(channels, x.shape[1]), 0))
+            for part in parts[:1] if fake else parts:
+                y = F.conv2d(taken(cell, 0, part), weights[r, s], bias)
+                if residual is not None:
+                    y += residual[here][part.place]
+                out = room(x, y) if out is None else out
+                out[here][part.place] = y
+        assert out is not None
+        return out
+
+    def places(self) -> Iterator[tuple[int, int, Place]]:
+        """Row, column and place of each cell."""
         for r, (top, bottom) in enumerate(pairwise(self.rows.cuts)):
             for s, (left, right) in enumerate(pairwise(self.columns.cuts)):
-                here = (..., slice(top, bottom), slice(left, right))
-                out[here] = F.conv2d(x[here], weights[r, s], bias)
-        return out
+                yield r, s, (..., slice(top, bottom), slice(left, right))
