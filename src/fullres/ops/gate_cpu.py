@@ -23,6 +23,7 @@ from fullres.ops.lanes import (
     add_square,
     load,
     multiply,
+    prefetch,
     relu,
     sigmoid,
     store,
@@ -95,10 +96,10 @@ def _whole(channels: int) -> int:
 @_jit
 def _gated(x, inner, out, steps, factors, place, first, last):
     top, left, channels, pooled = place
-    windows, width = inner.shape[1] // pooled, x.shape[1] // channels
+    windows = inner.shape[1] // pooled
     gates = np.zeros((windows + RUN) * channels, np.float32)
-    widest = steps[:, 1:3].max()
-    some, others = np.zeros(RUN * widest, np.float32), np.zeros(RUN * widest, np.float32)
+    taken = np.zeros(RUN * steps[0, 1], np.float32)
+    rooms = np.zeros((2, RUN * steps[:, 2].max()), np.float32)
     made = -1
     for y in range(first, last):
         row = min(max(y - top, 0), len(inner) - 1)
@@ -106,35 +107,35 @@ def _gated(x, inner, out, steps, factors, place, first, last):
             made = row
             for begin in range(0, windows, RUN):
                 count = min(RUN, windows - begin)
-                _take(inner[row], begin, count, pooled, steps[0, 1], some)
-                gates_here = gates[begin * channels : (begin + RUN) * channels]
-                some, others = _layers(some, others, steps, factors, gates_here)
-        _multiply(x[y], out[y], gates, left, windows, width, channels)
+                _take(inner[row], begin, count, pooled, steps[0, 1], taken)
+                _layers(taken, rooms, steps, factors, gates[begin * channels :])
+        _multiply(x, out, y, gates, left, windows, channels)
 
 
 @_jit
-def _take(inner, begin, count, pooled, whole, run):
+def _take(inner, begin, count, pooled, whole, taken):
+    """A run of pooled values, each in a place of whole vectors, whose ends stay zero."""
     for n in range(count):
-        for c in range(pooled):
-            run[n * whole + c] = inner[(begin + n) * pooled + c]
-        for c in range(pooled, whole):
-            run[n * whole + c] = 0
+        values = inner[(begin + n) * pooled : (begin + n + 1) * pooled]
+        place = taken[n * whole : n * whole + pooled]
+        for c in range(len(values)):
+            place[c] = values[c]
 
 
 @_jit
-def _layers(some, others, steps, factors, gates):
-    """A run of positions through the layers, to `gates`. Returns the two rooms that it used."""
+def _layers(taken, rooms, steps, factors, gates):
+    """A run of positions through the layers, the last to `gates`."""
+    source = taken
     for n in range(len(steps)):
         what, before, after, place = steps[n]
-        target = gates if n + 1 == len(steps) else others
+        target = gates if n + 1 == len(steps) else rooms[n % 2]
         if what == _CONVOLUTION:
-            _convolve(some, before, after, factors[place:], target)
+            _convolve(source, before, after, factors[place:], target)
         else:
             for at in range(0, RUN * before, LANES):
-                values = load(some, at)
+                values = load(source, at)
                 store(target, at, relu(values) if what == _RELU else sigmoid(values))
-        some, others = others, some
-    return some, others
+        source = target
 
 
 @_jit
@@ -151,10 +152,19 @@ def _convolve(run, before, after, factors, out):
 
 
 @_jit
-def _multiply(x, out, gates, left, windows, width, channels):
+def _multiply(x, out, y, gates, left, windows, channels):
     """A row times its gates; the first and the last serve all positions beyond."""
-    for column in range(width):
-        gate = min(max(column - left, 0), windows - 1) * channels
-        for c in range(0, channels, LANES):
-            at = column * channels + c
-            store(out, at, multiply(load(x, at), load(gates, gate + c)))
+    row, target, following = x[y], out[y], x[min(y + 1, len(x) - 1)]
+    begin, end = left * channels, (left + windows) * channels
+    for at in range(0, begin, channels):
+        _product(row, target, following, at, gates, 0, channels)
+    _product(row, target, following, begin, gates, 0, end - begin)
+    for at in range(end, len(row), channels):
+        _product(row, target, following, at, gates, end - begin - channels, channels)
+
+
+@_jit
+def _product(row, target, following, at, gates, gate, length):
+    for c in range(0, length, LANES):
+        prefetch(following, at + c)
+        store(target, at + c, multiply(load(row, at + c), load(gates, gate + c)))
