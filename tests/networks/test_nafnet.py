@@ -5,8 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fullres import Local, convert
+from fullres.memory import peak_memory
 from fullres.networks.catalog import create_network
-from fullres.networks.nafnet import ARCHITECTURE, NAFNet
+from fullres.networks.nafnet import ARCHITECTURE, NAFBlock, NAFNet
+from fullres.ops import parts
 
 SMALL = {"width": 4, "middle_blk_num": 1, "enc_blk_nums": (1, 1), "dec_blk_nums": (1, 1)}
 SIDD = {"enc_blk_nums": (2, 2, 4, 8), "middle_blk_num": 12, "dec_blk_nums": (2, 2, 2, 2)}
@@ -62,6 +65,30 @@ def test_padding_is_reflection_at_the_bottom_and_right(small):
     padded = picture[:, :, rows][:, :, :, columns]
     with torch.no_grad():
         torch.testing.assert_close(small(picture), small(padded)[..., :13, :18])
+
+
+def test_blocks_in_parts_leave_their_input_as_it_is(monkeypatch):
+    monkeypatch.setitem(parts.BUDGET, "cpu", 2**13)
+    torch.manual_seed(0)
+    block, x = NAFBlock(4), torch.randn(2, 4, 40, 50)
+    torch.nn.init.normal_(block.beta)
+    torch.nn.init.normal_(block.gamma)
+    before, expected = x.clone(), block(x)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), expected)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_pass_takes_four_of_the_largest_maps(monkeypatch, small, local):
+    """And a few rows, beside the picture and the result."""
+    monkeypatch.setitem(parts.BUDGET, "cpu", 2**15)
+    if local:
+        convert(small, Local(train_size=64, window=96))
+    height, width = 512, 640
+    largest, picture = (4 * channels * height * width for channels in (4, 3))
+    need = peak_memory(small, (1, 3, height, width), torch.float32, "cpu")
+    assert 3 * largest < need < 4.25 * largest + 2 * picture
 
 
 def test_spec():

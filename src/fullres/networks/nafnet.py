@@ -13,8 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullres.networks.layers import LayerNorm2d, pad_to_multiple, product
+from fullres.networks.layers import LayerNorm2d, pad_to_multiple, product, total
 from fullres.networks.spec import Architecture, Spec, State, count
+from fullres.ops.parts import in_parts
+
+_PARTED = 128
+"""Channels up to which blocks run in parts. Products of more take their time wherever maps lie."""
+_HELD = 4
+"""Maps of its channels that a block has under way at once, about."""
 
 
 class NAFBlock(nn.Module):
@@ -35,9 +41,20 @@ class NAFBlock(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        channels = x.shape[1]
+        if channels > _PARTED:
+            y = self._gated(x)
+            return self._fed_forward(product(y, self.sca(y)), x)
+        y = in_parts(self._gated, x, channels=_HELD * channels, halo=1)
+        y = product(y, self.sca(y))
+        return in_parts(self._fed_forward, y, x, channels=_HELD * channels, in_place=True)
+
+    def _gated(self, x: Tensor) -> Tensor:
         z = self.norm1(x)
-        y = product(*(_half(self.conv2, _half(self.conv1, z, i), i) for i in (0, 1)))
-        x = _scaled(self.conv3, product(y, self.sca(y)), self.beta).add_(x)
+        return product(*(_half(self.conv2, _half(self.conv1, z, i), i) for i in (0, 1)))
+
+    def _fed_forward(self, y: Tensor, x: Tensor) -> Tensor:
+        x = _scaled(self.conv3, y, self.beta).add_(x)
         z = self.norm2(x)
         y = product(*(_half(self.conv4, z, i) for i in (0, 1)))
         return _scaled(self.conv5, y, self.gamma).add_(x)
@@ -113,13 +130,19 @@ class NAFNet(nn.Module):
         image = pad_to_multiple(image, self.multiple)
         x: Tensor = self.intro(image)
         skips = []
+        # block by block, for a call of a whole level would hold what went in until it ends
         for encoder, down in zip(self.encoders, self.downs, strict=True):
-            x = encoder(x)
+            for block in encoder.children():
+                x = block(x)
             skips.append(x)
             x = down(x)
-        x = self.middle_blks(x)
+        for block in self.middle_blks:
+            x = block(x)
         for up, decoder in zip(self.ups, self.decoders, strict=True):
-            x = decoder(up(x) + skips.pop())
+            x = up(x)
+            x = total(x, skips.pop())
+            for block in decoder.children():
+                x = block(x)
         x = self.ending(x) + image
         return x[..., :height, :width]
 

@@ -137,9 +137,12 @@ def split(x: Tensor, channels: int, halo: int) -> Iterator[Part]:
     if whole or torch.compiler.is_compiling():
         yield Part(0, 0, height, width, (..., slice(0, height), slice(0, width)))
         return
-    # about twice as wide as high: rows are what memory holds together
-    rows = math.ceil(height / max(1, round(height / math.sqrt(positions / 2))))
-    rows = max(rows, halo)  # no part reads further than the next
+    if halo:
+        # about twice as wide as high: rows are what memory holds together
+        rows = math.ceil(height / max(1, round(height / math.sqrt(positions / 2))))
+        rows = max(rows, halo)  # no part reads further than the next
+    else:
+        rows = max(positions // width, 1)  # whole rows are not copied to be dense
     columns = math.ceil(width / max(1, round(width * rows / positions)))
     for top in range(0, height, rows):
         for left in range(0, width, columns):
