@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fullres import Local, convert, plan
@@ -68,6 +68,7 @@ def test_hyperparameters_are_read_back_from_names_and_shapes(wanted):
 
 @settings(deadline=None, max_examples=15)
 @given(dim=st.integers(1, 30).map(lambda n: 2 * n), factor=st.floats(0.5, 8))
+@example(dim=50, factor=1.015625)  # 200 × 1.015 is rounded down, below 203
 def test_any_expansion_factor_is_read_back_as_one_of_the_same_channels(dim, factor):
     options = {**SMALL, "heads": (1, 1, 1, 1), "dim": dim, "ffn_expansion_factor": factor}
     with torch.device("meta"):

@@ -354,7 +354,10 @@ def _expansion(dim: int, hidden: Sequence[int]) -> float | None:
     if dim < 1:
         return None
     lowest: float = max(h / (dim * 2**n) for n, h in enumerate(hidden))
-    rounded_up: Iterator[float] = (round(math.ceil(lowest * 10**d) / 10**d, d) for d in range(16))
+    # one step more, since the product with a factor that is just enough may be rounded down
+    rounded_up: Iterator[float] = (
+        round((math.ceil(lowest * 10**d) + more) / 10**d, d) for d in range(16) for more in (0, 1)
+    )
     for factor in (2.66, *rounded_up):
         if all(_hidden(dim * 2**n, factor) == h for n, h in enumerate(hidden)):
             return factor

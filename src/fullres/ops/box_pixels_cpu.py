@@ -23,8 +23,8 @@ _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 Run = tuple[int, int]
 """The first of some rows, and the one after the last."""
 
-SUMS = 3 * 2**18
-"""Bytes of column sums that a job keeps, to stay in a core's own cache."""
+SUMS = 2**21
+"""Bytes of column sums that a job keeps: more would leave caches, fewer would part pixels."""
 
 
 def local_mean(x: Tensor, outs: Sequence[Tensor], kh: int, kw: int, replicate: bool) -> None:

@@ -63,24 +63,25 @@ def _rows(x: Tensor) -> Any:
 
 
 def _program(layers: Sequence[Layer], channels: int) -> tuple[Any, Any]:
-    """Steps (what, channels before, channels after, place of its factors), and all factors.
+    """Steps (what, channels, room for them, room after, place of factors), and all factors.
 
-    Those of a convolution are the bias, then a row of weights a channel before. Channels are
-    filled up with zeros to whole vectors.
+    Those of a convolution are the bias, then a row of weights a channel before; the channels after
+    are filled up with zeros to whole vectors.
     """
     steps, factors = [], [torch.zeros(0)]
     place, before = 0, _whole(channels)
     for layer in layers:
         what = {"relu": _RELU, "sigmoid": _SIGMOID}.get(layer.activation or "", _CONVOLUTION)
-        after = before
+        after, given = before, channels
         if layer.weight is not None:
-            after = _whole(len(layer.weight))
-            filled = torch.zeros(1 + before, after)
-            filled[1 : 1 + layer.weight.shape[1], : len(layer.weight)] = layer.weight.mT
+            channels = len(layer.weight)
+            after = _whole(channels)
+            filled = torch.zeros(1 + given, after)
+            filled[1:, :channels] = layer.weight.mT
             if layer.bias is not None:
-                filled[0, : len(layer.weight)] = layer.bias
+                filled[0, :channels] = layer.bias
             factors.append(filled.flatten())
-        steps.append((what, before, after, place))
+        steps.append((what, given, before, after, place))
         place, before = place + factors[-1].numel() * (what == _CONVOLUTION), after
     return np.array(steps), torch.cat(factors).numpy()
 
@@ -98,8 +99,8 @@ def _gated(x, inner, out, steps, factors, place, first, last):
     top, left, channels, pooled = place
     windows = inner.shape[1] // pooled
     gates = np.zeros((windows + RUN) * channels, np.float32)
-    taken = np.zeros(RUN * steps[0, 1], np.float32)
-    rooms = np.zeros((2, RUN * steps[:, 2].max()), np.float32)
+    taken = np.zeros(RUN * steps[0, 2], np.float32)
+    rooms = np.zeros((2, RUN * steps[:, 3].max()), np.float32)
     made = -1
     for y in range(first, last):
         row = min(max(y - top, 0), len(inner) - 1)
@@ -107,7 +108,7 @@ def _gated(x, inner, out, steps, factors, place, first, last):
             made = row
             for begin in range(0, windows, RUN):
                 count = min(RUN, windows - begin)
-                _take(inner[row], begin, count, pooled, steps[0, 1], taken)
+                _take(inner[row], begin, count, pooled, steps[0, 2], taken)
                 _layers(taken, rooms, steps, factors, gates[begin * channels :])
         _multiply(x, out, y, gates, left, windows, channels)
 
@@ -127,10 +128,10 @@ def _layers(taken, rooms, steps, factors, gates):
     """A run of positions through the layers, the last to `gates`."""
     source = taken
     for n in range(len(steps)):
-        what, before, after, place = steps[n]
+        what, given, before, after, place = steps[n]
         target = gates if n + 1 == len(steps) else rooms[n % 2]
         if what == _CONVOLUTION:
-            _convolve(source, before, after, factors[place:], target)
+            _convolve(source, given, before, after, factors[place:], target)
         else:
             for at in range(0, RUN * before, LANES):
                 values = load(source, at)
@@ -139,11 +140,11 @@ def _layers(taken, rooms, steps, factors, gates):
 
 
 @_jit
-def _convolve(run, before, after, factors, out):
+def _convolve(run, given, before, after, factors, out):
     for c in range(0, after, LANES):
         for n in range(0, RUN, LANES):
             square = zero_square()
-            for k in range(before):
+            for k in range(given):
                 weights = load(factors, (1 + k) * after + c)
                 square = add_outer(square, run, n * before + k, before, weights)
             for m in range(n, n + LANES):
