@@ -24,42 +24,27 @@ class ChangedInPlaceError(RuntimeError):
     """A map was changed before the mean that had been put off: it must not be put off."""
 
 
-class Known:
-    """Pooled values (B, C, h, w) of the windows that a map contains."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._values = values
-
-    def squeezed(self, layer: Layer) -> Mean | None:
-        """Never fewer by being put off."""
-        return None
-
-    def values(self) -> Tensor:
-        return self._values
-
-
 class Mean:
     """Local means of a map (B, C, H, W) over the windows that it contains, computed once."""
 
     def __init__(self, x: Tensor, window: Window) -> None:
-        self._map: Tensor | None = x
+        self._source: tuple[Tensor, Window] | None = (x, window)
         self._version = None if x.is_inference() else x._version  # where versions are counted
-        self._window = window
         self._values: Tensor | None = None
 
-    def _unchanged(self) -> Tensor | None:
-        """The map; None once the means are known."""
-        x = self._map
-        if x is not None and self._version is not None and self._version != x._version:
+    def _unchanged(self) -> tuple[Tensor, Window] | None:
+        """The map and the window; None once the means are known."""
+        source, version = self._source, self._version
+        if source is not None and version is not None and version != source[0]._version:
             raise ChangedInPlaceError("a map was changed in place before its mean was used")
-        return x
+        return source
 
     def squeezed(self, layer: Layer) -> Mean | None:
         """Means of what a convolution makes of the map, if it squeezes channels."""
-        x, weight = self._unchanged(), layer.weight
-        if x is None or weight is None or 2 * len(weight) > weight.shape[1]:
+        source, weight = self._unchanged(), layer.weight
+        if source is None or weight is None or 2 * len(weight) > weight.shape[1]:
             return None
-        return Mean(layer(x), self._window)
+        return Mean(layer(source[0]), source[1])
 
     def values(self) -> Tensor:
         """The means, (B, C, h, w).
@@ -67,9 +52,9 @@ class Mean:
         Raises:
             ChangedInPlaceError: the map was changed in place.
         """
-        x = self._unchanged()
-        if x is not None:
-            self._values, self._map = local_mean(x, self._window, replicate=False), None
+        source = self._unchanged()
+        if source is not None:
+            self._values, self._source = local_mean(*source, replicate=False), None
         assert self._values is not None
         return self._values
 
@@ -78,21 +63,28 @@ class Mean:
 class Head:
     """Pooled values and the layers that follow."""
 
-    source: Mean | Known
+    pooled: Mean | Tensor
+    """(B, C, h, w), of the windows that a map contains."""
     layers: tuple[Layer, ...] = ()
 
     def then(self, layer: Layer) -> Head:
         """The same with one more layer."""
-        squeezed = None if self.layers else self.source.squeezed(layer)
-        return Head(self.source, (*self.layers, layer)) if squeezed is None else Head(squeezed)
+        if isinstance(self.pooled, Mean) and not self.layers:
+            squeezed = self.pooled.squeezed(layer)
+            if squeezed is not None:
+                return Head(squeezed)
+        return Head(self.pooled, (*self.layers, layer))
 
     def values(self) -> Tensor:
         """What the layers give, (B, C', h, w)."""
-        return layered(self.source.values(), self.layers)
+        return layered(self._pooled(), self.layers)
 
     def times(self, x: Tensor, frame: Frame, *, in_place: bool) -> Tensor:
         """Its product with a map (B, C', H, W)."""
-        return gated(x, self.source.values(), self.layers, frame, in_place=in_place)
+        return gated(x, self._pooled(), self.layers, frame, in_place=in_place)
+
+    def _pooled(self) -> Tensor:
+        return self.pooled.values() if isinstance(self.pooled, Mean) else self.pooled
 
 
 def layer_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from fullres.local.deferred import Head, Known, Mean, layer_of
+from fullres.local.deferred import Head, Mean, layer_of
 from fullres.local.forms import Gives, Window
 from fullres.local.positions import ELEMENTWISE, at_all_positions, dense_again
 from fullres.ops.box import local_mean
@@ -144,7 +144,7 @@ class Pooled(Tensor):
         layer = layer_of(func, args, kwargs)
         if layer is None or not layer.takes(self):
             return None
-        head = (self.head or Head(Known(self.within()))).then(layer)
+        head = (self.head or Head(self.within())).then(layer)
         if _in_place(func, kwargs):
             self._vectors, self.head = None, head
             return self
