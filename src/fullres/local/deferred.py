@@ -92,7 +92,7 @@ def layer_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     if func in _ACTIVATIONS:
         return Layer(activation=_ACTIVATIONS[func])
     if func is F.linear:
-        return _linear(*args[1:], **kwargs) if args[0].dim() == 2 else None
+        return Layer(*args[1:], **kwargs) if args[0].dim() == 2 else None
     if func in (F.conv2d, torch.conv2d) and args[0].dim() == 4:
         return _convolution(*args[1:], **kwargs)
     return None
@@ -104,10 +104,6 @@ _ACTIVATIONS: Mapping[Any, Any] = {
     torch.sigmoid: "sigmoid", Tensor.sigmoid: "sigmoid", F.sigmoid: "sigmoid",
     torch.sigmoid_: "sigmoid", Tensor.sigmoid_: "sigmoid",
 }  # fmt: skip
-
-
-def _linear(weight: Tensor, bias: Tensor | None = None) -> Layer:
-    return Layer(weight, bias)
 
 
 def _convolution(
