@@ -77,6 +77,16 @@ def test_bfloat16_is_rounded_once():
     assert ((found - wanted).abs() <= 2**-8 * wanted.abs() + 1e-30).all()
 
 
+def test_types_meet_as_in_any_product():
+    frame = Frame.of((9, 20), (4, 5))
+    x = torch.randn(1, 16, 9, 20).bfloat16().contiguous(memory_format=torch.channels_last)
+    inner = torch.randn(1, 16, *frame.windows).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        found = gated(x, inner, [Layer(activation="sigmoid")], frame)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, x * frame.extended(inner.sigmoid()))
+
+
 @pytest.mark.parametrize("activation", ["relu", "sigmoid"])
 def test_activations_of_any_value(activation):
     values = torch.tensor([0.0, -0.0, 1e-30, 1, -1, 20, -20, 80, -80, 87.5, -89, 1e4, -1e4, 3e38])

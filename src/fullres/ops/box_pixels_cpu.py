@@ -126,16 +126,13 @@ def _mean(x, out, place, target, shape, first, last, sums):
     width, kh, kw, top, left, replicate = shape
     column = _together(sums)[0]
     total = np.empty(column.shape[1])
-    at, down, step = _unsigned(place)
     for i in range(first, last):
         row = target[0] + (top + i) * target[1]
         _slide(column, total, out, row + left * target[2], target[2], kw, 1 / (kh * kw))
         if replicate:
             _replicate(out, row, target[2], left, width, kw, len(total))
         if i + 1 < last:
-            old = at + np.uintp(i) * down
-            new = old + np.uintp(kh) * down
-            ahead = down if i + 2 < last else np.uintp(0)
+            old, new, ahead, step = _moving(place, i, kh, last)
             for j in range(np.uintp(width)):
                 enters, leaves = new + j * step, old + j * step
                 _prefetch(x, enters + ahead, column.shape[1])
@@ -168,7 +165,6 @@ def _mean_var(x, mean, var, place, to_mean, to_var, shape, first, last, sums):
     both = _together(sums)
     column, squares = both[0], both[1]
     total, square = np.empty(column.shape[1]), np.empty(column.shape[1])
-    at, down, step = _unsigned(place)
     pivot = x[place[0] : place[0] + column.shape[1]].astype(np.float64)
     for i in range(first, last):
         mean_row, var_row = to_mean[0] + (top + i) * to_mean[1], to_var[0] + (top + i) * to_var[1]
@@ -180,9 +176,7 @@ def _mean_var(x, mean, var, place, to_mean, to_var, shape, first, last, sums):
             _replicate(mean, mean_row, to_mean[2], left, width, kw, len(total))
             _replicate(var, var_row, to_var[2], left, width, kw, len(total))
         if i + 1 < last:
-            old = at + np.uintp(i) * down
-            new = old + np.uintp(kh) * down
-            ahead = down if i + 2 < last else np.uintp(0)
+            old, new, ahead, step = _moving(place, i, kh, last)
             for j in range(np.uintp(width)):
                 enters, leaves = new + j * step, old + j * step
                 _prefetch(x, enters + ahead, column.shape[1])
@@ -196,6 +190,14 @@ def _mean_var(x, mean, var, place, to_mean, to_var, shape, first, last, sums):
 @_jit
 def _unsigned(place):
     return np.uintp(place[0]), np.uintp(place[1]), np.uintp(place[2])
+
+
+@_jit
+def _moving(place, i, kh, last):
+    """Where the rows that leave and enter after row `i` begin; steps to the next and to a pixel."""
+    at, down, step = _unsigned(place)
+    old = at + np.uintp(i) * down
+    return old, old + np.uintp(kh) * down, down if i + 2 < last else np.uintp(0), step
 
 
 @_jit

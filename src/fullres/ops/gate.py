@@ -70,8 +70,8 @@ def gated(
     """
     while any(y.weight is not None and y.weight.numel() > LARGE for y in layers):
         inner, layers = layers[0](inner), layers[1:]
-    made = [inner.shape[1], *(len(y.weight) for y in layers if y.weight is not None)]
-    if x.shape[:2] == (len(inner), made[-1]) and _serves(x, inner, layers):
+    channels = [inner.shape[1], *(len(y.weight) for y in layers if y.weight is not None)]
+    if x.shape[:2] == (len(inner), channels[-1]) and _serves(x, inner, layers):
         from fullres.ops import gate_cpu
 
         return gate_cpu.gated(x, inner, layers, frame, x if in_place else torch.empty_like(x))
@@ -80,12 +80,11 @@ def gated(
 
 def _serves(x: Tensor, inner: Tensor, layers: Sequence[Layer]) -> bool:
     """Whether the kernel may take these."""
-    kinds = (torch.float32, torch.bfloat16)
     given = [inner, *(t for y in layers for t in (y.weight, y.bias) if t is not None)]
     return (
         bool(layers)
         and x.shape[1] % 16 == 0
         and x.numel() > 0
-        and for_kernel(x, *given, dtypes=kinds)
-        and all(t.dtype in kinds and t.device == x.device for t in given)
+        and for_kernel(x, *given, dtypes=(torch.float32, torch.bfloat16))
+        and all(t.dtype == x.dtype and t.device == x.device for t in given)
     )
