@@ -41,7 +41,7 @@ _CONVOLUTION, _RELU, _SIGMOID = 0, 1, 2
 def gated(x: Tensor, inner: Tensor, layers: Sequence[Layer], frame: Frame, out: Tensor) -> Tensor:
     """As `fullres.ops.gate` has it, of channels-last maps in float32 or bfloat16.
 
-    The channels of `x` are a multiple of `LANES`. The result is written to `out`.
+    The result is written to `out`.
     """
     source, target = _rows(x), _rows(out)
     values = _rows(inner.float().contiguous(memory_format=torch.channels_last))
@@ -92,13 +92,14 @@ def _whole(channels: int) -> int:
 
 # The kernel takes the rows of one map, those of its pooled values, those of the result; the steps
 # and their factors; (rows above, columns left, channels, pooled channels); and its run of rows.
+# Vectors of one position may reach over its channels into those of the next, which come after.
 
 
 @_jit
 def _gated(x, inner, out, steps, factors, place, first, last):
     top, left, channels, pooled = place
     windows = inner.shape[1] // pooled
-    gates = np.zeros((windows + RUN) * channels, np.float32)
+    gates = np.zeros(x.shape[1] + LANES, np.float32)
     taken = np.zeros(RUN * steps[0, 2], np.float32)
     rooms = np.zeros((2, RUN * steps[:, 3].max()), np.float32)
     made = -1
@@ -109,8 +110,11 @@ def _gated(x, inner, out, steps, factors, place, first, last):
             for begin in range(0, windows, RUN):
                 count = min(RUN, windows - begin)
                 _take(inner[row], begin, count, pooled, steps[0, 2], taken)
-                _layers(taken, rooms, steps, factors, gates[begin * channels :])
-        _multiply(x, out, y, gates, left, windows, channels)
+                result = _layers(taken, rooms, steps, factors)
+                for n in range(count):
+                    _copy(result, n * steps[-1, 3], gates, (left + begin + n) * channels, channels)
+            _replicate(gates, left, windows, channels, x.shape[1])
+        _product(x[y], out[y], x[min(y + 1, len(x) - 1)], gates)
 
 
 @_jit
@@ -124,12 +128,12 @@ def _take(inner, begin, count, pooled, whole, taken):
 
 
 @_jit
-def _layers(taken, rooms, steps, factors, gates):
-    """A run of positions through the layers, the last to `gates`."""
+def _layers(taken, rooms, steps, factors):
+    """What the layers make of a run of positions, in one of the rooms."""
     source = taken
     for n in range(len(steps)):
         what, given, before, after, place = steps[n]
-        target = gates if n + 1 == len(steps) else rooms[n % 2]
+        target = rooms[n % 2]
         if what == _CONVOLUTION:
             _convolve(source, given, before, after, factors[place:], target)
         else:
@@ -137,6 +141,7 @@ def _layers(taken, rooms, steps, factors, gates):
                 values = load(source, at)
                 store(target, at, relu(values) if what == _RELU else sigmoid(values))
         source = target
+    return source
 
 
 @_jit
@@ -153,19 +158,29 @@ def _convolve(run, given, before, after, factors, out):
 
 
 @_jit
-def _multiply(x, out, y, gates, left, windows, channels):
-    """A row times its gates; the first and the last serve all positions beyond."""
-    row, target, following = x[y], out[y], x[min(y + 1, len(x) - 1)]
-    begin, end = left * channels, (left + windows) * channels
-    for at in range(0, begin, channels):
-        _product(row, target, following, at, gates, 0, channels)
-    _product(row, target, following, begin, gates, 0, end - begin)
-    for at in range(end, len(row), channels):
-        _product(row, target, following, at, gates, end - begin - channels, channels)
+def _copy(source, at, target, to, length):
+    for c in range(0, length, LANES):
+        store(target, to + c, load(source, at + c))
 
 
 @_jit
-def _product(row, target, following, at, gates, gate, length):
-    for c in range(0, length, LANES):
-        prefetch(following, at + c)
-        store(target, at + c, multiply(load(row, at + c), load(gates, gate + c)))
+def _replicate(gates, left, windows, channels, length):
+    """Extend the gates of a row to the row's ends."""
+    begin, end = left * channels, (left + windows) * channels
+    for at in range(end, length, channels):
+        _copy(gates, end - channels, gates, at, channels)
+    for at in range(begin - channels, -1, -channels):
+        for c in range(channels):
+            gates[at + c] = gates[begin + c]
+
+
+@_jit
+def _product(row, target, following, gates):
+    whole = len(row) - len(row) % LANES
+    for at in range(0, whole, LANES):
+        prefetch(following, at)
+        store(target, at, multiply(load(row, at), load(gates, at)))
+    ends = np.zeros(LANES, row.dtype)
+    ends[: len(row) - whole] = row[whole:]
+    store(ends, 0, multiply(load(ends, 0), load(gates, whole)))
+    target[whole:] = ends[: len(row) - whole]
