@@ -158,9 +158,9 @@ def form(case: str, kind: str, device: str = "cpu", dtype: str = "float32") -> I
 
 
 @contextmanager
-def lean(case: str, kind: str) -> Iterator[Form]:
-    """A form of a case that keeps no freed memory."""
-    with form(case, kind) as found, freed_memory_returned():
+def lean(case: str, kind: str, all_of_it: bool = True) -> Iterator[Form]:
+    """A form of a case that returns freed memory: all of it, or large blocks only."""
+    with form(case, kind) as found, freed_memory_returned(all_of_it=all_of_it):
         yield found
 
 

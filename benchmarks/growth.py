@@ -2,31 +2,30 @@
 
     python benchmarks/growth.py [CASE…] [--repeats 1] [--threads N]
 
-NAFNet and Restormer if no case is named. Pictures are 3 : 4, one pass each, windows 384 × 384,
-float32. All sizes run in turn in one process; times are medians. Memory is what a pass adds to the
-resident memory of a process of its own. Freed memory is kept, which takes up to twice a pass's
-tensors; sizes that need it all return it, and are slower. Sizes that memory does not hold are left
-out.
+NAFNet and Restormer if no case is named. Pictures are 3 : 4, windows 384 × 384, float32. Memory is
+what a pass adds to the resident memory of a process of its own. Where memory holds it, freed memory
+is kept from pass to pass: those sizes run in turn in one process, after one pass of the largest,
+and times are medians. Larger sizes return large blocks, and time and memory are of one pass. Sizes
+that memory does not hold are left out.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from functools import partial
+from statistics import median
 
 import torch
 
-from cases import Form, form, lean, options, times
-from fullres.measure import Size, interleaved, peak_memory_of, table
+from cases import form, lean, options
+from fullres.measure import Pass, Size, first_pass, interleaved, peak_memory_of, table
 from fullres.memory import free_memory
 
 MEGAPIXELS = (0.25, 0.5, 1, 2, 4, 8, 16)
 HEADER = ("network", "picture", "megapixels", "freed memory", "pass", "s/MP", "memory", "GB/MP")
-ROOM = 0.8
-"""Share of the free memory that a pass's tensors may take."""
+ROOM = 0.75
+"""Share of the free memory that a pass may take."""
 
 
 def picture_size(megapixels: float) -> Size:
@@ -39,48 +38,49 @@ def picture_size(megapixels: float) -> Size:
     return height, 16 * round(megapixels * 1e6 / height / 16)
 
 
-def rows(given: argparse.Namespace) -> Iterator[tuple[str, ...]]:
-    free = ROOM * free_memory(torch.device("cpu"))
+def rows(case: str, repeats: int) -> Iterator[tuple[str, ...]]:
     sizes = [picture_size(m) for m in MEGAPIXELS]
-    for case in given.cases or ("nafnet", "restormer"):
-        with form(case, "local") as found:
-            need = {size: found.peak(*size) for size in sizes}
-        kept = [size for size in sizes if 2 * need[size] < free]
-        returned = [size for size in sizes if size not in kept and need[size] < free]
-        for manner, run, these in (("kept", form, kept), ("returned", lean, returned)):
-            for size, took in zip(these, passes(run, case, these, given.repeats), strict=True):
-                megapixels = size[0] * size[1] / 1e6
-                memory = peak_memory_of(lean, case, "local", size=size) / 1e9
-                yield (
-                    case,
-                    f"{size[0]} × {size[1]}",
-                    f"{megapixels:.2f}",
-                    manner,
-                    times(took),
-                    f"{sorted(took)[len(took) // 2] / megapixels:.2f}",
-                    f"{memory:.2f} GB",
-                    f"{memory / megapixels:.2f}",
-                )
+    room = ROOM * free_memory(torch.device("cpu"))
+    one = picture_size(1)
+    a_pixel = peak_memory_of(form, case, "local", size=one) / math.prod(one)
+    kept = [size for size in sizes if a_pixel * math.prod(size) < room]
+    with form(case, "local") as found:
+        need = {size: found.peak(*size) for size in sizes}
+        took = passes(found, kept, repeats)
+    for size, time in zip(kept, took, strict=True):
+        yield row(case, size, "kept", time, peak_memory_of(lean, case, "local", size=size))
+    for size in sizes:
+        if size not in kept and need[size] < room:
+            memory, time = first_pass(lean, case, "local", False, size=size)
+            yield row(case, size, "returned", time, memory)
 
 
-def passes(
-    run: Callable[[str, str], AbstractContextManager[Form]],
-    case: str,
-    sizes: Sequence[Size],
-    repeats: int,
-) -> list[list[float]]:
-    """Seconds of each pass at each size, in turns."""
-    if not sizes:
-        return []
-    with run(case, "local") as found:
-        found(sizes[0])
-        calls = {f"{size}": partial(found, size) for size in sizes}
-        return list(interleaved(calls, repeats, warm_up=False).values())
+def passes(run: Pass, sizes: Sequence[Size], repeats: int) -> list[float]:
+    """Seconds of a pass at each size, medians."""
+    run(sizes[-1])
+    calls = {f"{size}": partial(run, size) for size in sizes}
+    return [median(times) for times in interleaved(calls, repeats, warm_up=False).values()]
+
+
+def row(case: str, size: Size, manner: str, time: float, memory: int) -> tuple[str, ...]:
+    megapixels, gigabytes = math.prod(size) / 1e6, memory / 1e9
+    return (
+        case,
+        f"{size[0]} × {size[1]}",
+        f"{megapixels:.2f}",
+        manner,
+        f"{time:.2f} s",
+        f"{time / megapixels:.2f}",
+        f"{gigabytes:.2f} GB",
+        f"{gigabytes / megapixels:.2f}",
+    )
 
 
 def main() -> None:
     given = options(__doc__, size=(0, 0), repeats=1)
-    for line in table(HEADER, rows(given)):
+    cases = given.cases or ("nafnet", "restormer")
+    found = (line for case in cases for line in rows(case, given.repeats))
+    for line in table(HEADER, found):
         print(line, flush=True)
 
 

@@ -5,7 +5,7 @@
 Each figure is what one pass in float32 adds to the resident memory of a process of its own, weights
 not counted, windows 384 × 384. Freed memory goes back to the kernel at once in all forms: what
 `fullres restore` keeps of it where there is room, to be faster, is not what a pass needs. A form
-that would not fit the free memory is not run, and the figure is that of its tensors, in brackets.
+that would not fit the free memory is not run; the figure in brackets is that of its tensors.
 """
 
 from __future__ import annotations
@@ -17,19 +17,17 @@ import torch
 from cases import SMALLER, cases, form, lean, options, size_of
 from fullres.measure import Size, peak_memory_of, table
 from fullres.memory import free_memory
-from plain import NoLocalForm
 
 HEADER = (
     "network",
     "picture",
     "plain",
-    "plain local",
     "global",
     "local",
     "plain ÷ local",
     "local ÷ global",
 )
-KINDS = ("plain", "plain local", "global", "local")
+KINDS = ("plain", "global", "local")
 ROOM = 0.8
 """Share of the free memory that a form's tensors may take."""
 
@@ -45,19 +43,15 @@ def peak(case: str, kind: str, size: Size) -> tuple[int, bool]:
 
 def row(case: str, size: Size) -> tuple[str, ...]:
     found: dict[str, int] = {}
-    cells = {}
+    cells = []
     for kind in KINDS:
-        try:
-            found[kind], measured = peak(case, kind, size)
-        except NoLocalForm:
-            cells[kind] = "—"
-            continue
+        found[kind], measured = peak(case, kind, size)
         figure = f"{found[kind] / 1e9:.2f} GB"
-        cells[kind] = figure if measured else f"({figure})"
+        cells.append(figure if measured else f"({figure})")
     return (
         case,
         f"{size[0]} × {size[1]}",
-        *cells.values(),
+        *cells,
         f"{found['plain'] / found['local']:.2f}",
         f"{found['local'] / found['global']:.2f}",
     )

@@ -66,6 +66,32 @@ print(inside, resident() - before)
     assert outside < 50
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="about glibc")
+@pytest.mark.parametrize(("all_of_it", "expected"), [(False, 15), (True, 0)])
+def test_where_memory_is_short_large_blocks_are_returned(all_of_it, expected):
+    code = f"""
+import torch
+from fullres.memory import freed_memory_kept, freed_memory_returned
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+
+with freed_memory_kept(), freed_memory_returned(all_of_it={all_of_it}):
+    before = resident()
+    large, small = torch.ones(16 * 2**20), torch.ones(4 * 2**20)
+    del small, large
+    print(resident() - before)
+    before = resident()
+with freed_memory_kept():
+    x = torch.ones(64 * 2**20)
+    del x
+    print(resident() - before)
+"""
+    returned, kept = map(int, run(code).split())
+    assert abs(returned - expected) < 8
+    assert kept > 200
+
+
 class Picky(nn.Module):
     """Copied and pickled without what was added to it."""
 

@@ -11,8 +11,8 @@ from fullres.tiles import Grid, Tile, choose_tiles, largest_run
 
 MEMORY_SHARE = 0.5
 """Share of the free memory that a pass is planned to take."""
-KEPT = 2
-"""Memory that a pass takes over that of its tensors, where freed memory is kept for the next."""
+KEPT = 3
+"""Memory that a pass takes over that of its tensors where freed memory is kept, about the most."""
 KEPT_PAYS = 1.4
 """Pixels run in the smaller tiles that leave room for keeping memory, over those without."""
 

@@ -82,6 +82,14 @@ def median_ratio(times: Mapping[str, Sequence[float]], over: str, under: str) ->
 def peak_memory_of(make: Make, *arguments: object, size: Size) -> int:
     """Bytes that a pass adds at its highest to what a process holds that is ready to run it.
 
+    As `first_pass` has it.
+    """
+    return first_pass(make, *arguments, size=size)[0]
+
+
+def first_pass(make: Make, *arguments: object, size: Size) -> tuple[int, float]:
+    """Bytes that a pass adds at its highest to what a process holds, and seconds that it takes.
+
     The pass runs in a process of its own, once at half the height and width, so that libraries
     are loaded and kernels compiled, and then at `size`. On the CPU it is resident memory, as the
     operating system counts it; on CUDA the memory that torch has allocated.
@@ -96,12 +104,12 @@ def peak_memory_of(make: Make, *arguments: object, size: Size) -> int:
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            return pool.submit(_peak, make, arguments, size).result()
+            return pool.submit(_first_pass, make, arguments, size).result()
         except BrokenProcessPool:
             raise FullresError(TOO_LARGE) from None
 
 
-def _peak(make: Make, arguments: Sequence[object], size: Size) -> int:
+def _first_pass(make: Make, arguments: Sequence[object], size: Size) -> tuple[int, float]:
     use_huge_pages()
     with make(*arguments) as run:
         run((max(size[0] // 2, 1), max(size[1] // 2, 1)))
@@ -110,13 +118,13 @@ def _peak(make: Make, arguments: Sequence[object], size: Size) -> int:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
-            run(size)
-            return torch.cuda.max_memory_allocated() - held
+            took = seconds(lambda: run(size))
+            return torch.cuda.max_memory_allocated() - held, took
         return_freed_memory()
         _forget_high_water()
         held = _resident()
-        run(size)
-        return max(_high_water() - held, 0)
+        took = seconds(lambda: run(size))
+        return max(_high_water() - held, 0), took
 
 
 def _forget_high_water() -> None:

@@ -17,8 +17,8 @@ from fullres.networks.layers import LayerNorm2d, pad_to_multiple, product, total
 from fullres.networks.spec import Architecture, Spec, State, count
 from fullres.ops.parts import in_parts
 
-_PARTED = 128
-"""Channels up to which blocks run in parts. Products of more take their time wherever maps lie."""
+_CACHED = 128
+"""Channels up to which parts fit caches. Products of more take their time wherever maps lie."""
 _HELD = 4
 """Maps of its channels that a block has under way at once, about."""
 
@@ -42,12 +42,10 @@ class NAFBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         channels = x.shape[1]
-        if channels > _PARTED:
-            y = self._gated(x)
-            return self._fed_forward(product(y, self.sca(y)), x)
-        y = in_parts(self._gated, x, channels=_HELD * channels, halo=1)
+        under_way = _HELD * channels if channels <= _CACHED else channels
+        y = in_parts(self._gated, x, channels=under_way, halo=1)
         y = product(y, self.sca(y))
-        return in_parts(self._fed_forward, y, x, channels=_HELD * channels, in_place=True)
+        return in_parts(self._fed_forward, y, x, channels=under_way, in_place=True)
 
     def _gated(self, x: Tensor) -> Tensor:
         z = self.norm1(x)

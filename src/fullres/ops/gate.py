@@ -19,7 +19,7 @@ from fullres.ops.frames import Frame
 
 Activation = Literal["relu", "sigmoid"]
 
-LARGE = 2**15
+LARGE = 2**13
 """Weights from which on a convolution by itself is faster than in the kernel."""
 
 
