@@ -13,7 +13,7 @@ MEMORY_SHARE = 0.5
 """Share of the free memory that a pass is planned to take."""
 KEPT = 3
 """Memory that a pass takes over that of its tensors where freed memory is kept, about the most."""
-KEPT_PAYS = 1.4
+KEPT_PAYS = 1.2
 """Pixels run in the smaller tiles that leave room for keeping memory, over those without."""
 
 Peak = Callable[[int, int], int]
