@@ -82,7 +82,7 @@ def median_ratio(times: Mapping[str, Sequence[float]], over: str, under: str) ->
 def peak_memory_of(make: Make, *arguments: object, size: Size) -> int:
     """Bytes that a pass adds at its highest to what a process holds that is ready to run it.
 
-    As `first_pass` has it.
+    Measured, with arguments and errors, as by `first_pass`.
     """
     return first_pass(make, *arguments, size=size)[0]
 

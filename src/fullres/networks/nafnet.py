@@ -18,7 +18,8 @@ from fullres.networks.spec import Architecture, Spec, State, count
 from fullres.ops.parts import in_parts
 
 _CACHED = 128
-"""Channels up to which parts fit caches. Products of more take their time wherever maps lie."""
+"""Channels up to which parts fit caches. With more, products take their time wherever maps lie, and
+larger parts lose less to halos."""
 _HELD = 4
 """Maps of its channels that a block has under way at once, about."""
 

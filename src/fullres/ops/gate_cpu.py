@@ -170,7 +170,7 @@ def _replicate(gates, left, windows, channels, length):
     for at in range(end, length, channels):
         _copy(gates, end - channels, gates, at, channels)
     for at in range(begin - channels, -1, -channels):
-        for c in range(channels):
+        for c in range(channels):  # a vector would reach into gates that are there already
             gates[at + c] = gates[begin + c]
 
 
