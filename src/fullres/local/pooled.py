@@ -132,8 +132,11 @@ class Pooled(Tensor):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Pooled | None:
         """What a call on these values gives, if it is a layer that may wait or only reshapes."""
-        vector = self.dim() == 2 or (self.dim() == 4 and self.shape[2:] == (1, 1))
-        if not vector or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if (
+            not (self.dim() == 2 or self.is_one_value())
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+        ):
             return None
         if self.head is not None and getattr(func, "__name__", "") in _RESHAPES:
             shape = func(torch.empty(self.shape, device="meta"), *args[1:], **kwargs).shape
@@ -157,6 +160,10 @@ class Pooled(Tensor):
         if self.head is None:
             return self.frame.scaled(x, self.within(), in_place=in_place)
         return self.head.times(x, self.frame, in_place=in_place)
+
+    def is_one_value(self) -> bool:
+        """Whether it looks like one value a channel, (B, C, 1, 1)."""
+        return self.dim() == 4 and self.shape[2:] == (1, 1)
 
     @property
     def positions(self) -> tuple[int, int]:
@@ -197,18 +204,32 @@ class Pooled(Tensor):
         calls = _calls.get()
         if calls is not None:
             calls.append(_name(func, args))
-        if args and isinstance(args[0], Pooled):
-            waiting = args[0].put_off(func, args, kwargs)
-            if waiting is not None:
-                return waiting
-        landed = _landed(func, args, kwargs)
-        if landed is not None:
-            return landed
-        return _at_each_position(func, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            result: Any = _product(func, args, kwargs)
+            if result is None and args and isinstance(args[0], Pooled):
+                result = args[0].put_off(func, args, kwargs)
+        if result is None:
+            result = _landed(func, args, kwargs)
+        return _at_each_position(func, args, kwargs) if result is None else result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
         raise TypeError(f"{func} cannot be mapped over the positions of pooled values")
+
+
+def _product(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The product of a map and the pooled values of a map of its size, None of anything else."""
+    if func not in _PRODUCTS or kwargs or len(args) != 2:
+        return None
+    in_place = func in _PRODUCTS_IN_PLACE
+    x, values = reversed(args) if isinstance(args[0], Pooled) and not in_place else args
+    if not isinstance(x, Tensor) or isinstance(x, Pooled) or not isinstance(values, Pooled):
+        return None
+    if x.dim() != 4 or tuple(x.shape[2:]) != values.positions or not values.is_one_value():
+        return None
+    return values.times(x, in_place=in_place)
 
 
 def _landed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -222,8 +243,7 @@ def _landed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         same = [leaf.everywhere() if isinstance(leaf, Pooled) else leaf for leaf in leaves]
         plain_args, plain_kwargs = tree_unflatten(same, tree)
         return func(*plain_args, **plain_kwargs)
-    one_value = all(p.dim() == 4 and p.shape[2:] == (1, 1) for p in pooled)
-    if not one_value:
+    if not all(p.is_one_value() for p in pooled):
         return _landed_in_order(func, leaves, tree)
     if func in _SPREADS and _spreads_to(func, args, kwargs) == positions:
         return pooled[0].as_map()
@@ -236,10 +256,6 @@ def _landed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     maps = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, Pooled)]
     if not any(x.dim() == 4 and tuple(x.shape[2:]) == positions for x in maps):
         return _landed_in_order(func, leaves, tree)
-    if len(leaves) == len(pooled) + len(maps) == 2 and func in _PRODUCTS:
-        in_place = func in _PRODUCTS_IN_PLACE
-        if not in_place or maps[0] is leaves[0]:
-            return pooled[0].times(maps[0], in_place=in_place)
     ordinary = [leaf.as_map() if isinstance(leaf, Pooled) else leaf for leaf in leaves]
     plain_args, plain_kwargs = tree_unflatten(ordinary, tree)
     return func(*plain_args, **plain_kwargs)

@@ -33,8 +33,8 @@ def local_mean(x: Tensor, window: tuple[int, int], *, replicate: bool = True) ->
 
     Returns:
         Means in the type and memory format of `x`, summed in float64. One rounding away from
-        exact, plus about 1e-16 of the plane's largest magnitude. A NaN or infinity reaches the
-        positions after it.
+        exact, plus about 1e-16 of the plane's largest magnitude. A NaN or infinity may reach any
+        position of its plane.
 
     Raises:
         ValueError: `x` is not a batch of floating-point maps or the window is below 1.

@@ -1,13 +1,19 @@
 """Local mean and variance of channels-last maps on the CPU, as `box_cpu` has them.
 
+A job keeps the sums over all windows of a row. Going on to a neighbouring row of windows, the
+differences between the row of pixels that enters and the one that leaves slide along the row, and
+are added to them: a window costs the same whatever its size, and memory is read in order.
+
 Jobs share the rows of windows, and each would have to sum a whole window of rows before it begins.
-So rows are summed in blocks first, each row once, and a job begins with the blocks of its window.
+So two jobs begin with the same one, and go up and down from it; its rows are summed in blocks
+before, which jobs share too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +21,7 @@ from numba import njit
 from torch import Tensor
 
 from fullres.ops.arrays import as_array, spanned
-from fullres.ops.lanes import prefetch
+from fullres.ops.lanes import AHEAD, prefetch
 from fullres.ops.threads import split, spread
 
 _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
@@ -25,6 +31,17 @@ Run = tuple[int, int]
 
 SUMS = 2**21
 """Bytes of column sums that a job keeps: more would leave caches, fewer would part pixels."""
+
+
+class Walk(NamedTuple):
+    """Rows of windows that a job goes through one after the other."""
+
+    start: int
+    """The row whose sums it begins with. A walk down gives this row and those after it, a walk up
+    those before it."""
+    rows: int
+    """How many it gives."""
+    down: bool
 
 
 def local_mean(x: Tensor, outs: Sequence[Tensor], kh: int, kw: int, replicate: bool) -> None:
@@ -39,39 +56,39 @@ def local_mean_var(x: Tensor, outs: Sequence[Tensor], kh: int, kw: int, replicat
 
 def _run(
     add: Callable[..., None],
-    slide: Callable[..., None],
+    walk: Callable[..., None],
     kinds: int,
     maps: Sequence[Tensor],
     kh: int,
     kw: int,
     replicate: bool,
 ) -> None:
-    """Sum rows by `add`, `kinds` of sums a column, and go on from them by `slide`."""
+    """Sum rows by `add`, `kinds` of sums a column, and go on from them by `walk`."""
     batch, channels, height, width = maps[0].shape
+    windows = height - kh + 1
     top, left = ((kh - 1) // 2, (kw - 1) // 2) if replicate else (0, 0)
-    shape = np.array((width, kh, kw, top, left, int(replicate)))
+    shape = np.array((kh, kw, top, left, maps[1].shape[3]))
     threads = torch.get_num_threads()
     lanes = _lanes(width, channels)
     groups = [(b, c) for b in range(batch) for c in range(0, channels, lanes)]
-    runs = split(height - kh + 1, -(-threads // len(groups)))
-    blocks = _blocks(runs, kh, 4 * threads // len(groups))
+    walks = _walks(split(windows, -(-threads // len(groups))))
+    blocks = _blocks([w.start for w in walks], kh, 4 * threads // len(groups))
     flat = [as_array(spanned(t)) for t in maps]
-    adding, sliding = [], []
+    adding, walking = [], []
     for b, c in groups:
         some = min(lanes, channels - c)
         places = [np.array((b * t.stride(0) + c, t.stride(2), t.stride(3))) for t in maps]
         sums = np.empty((len(blocks), kinds, width, some))
         adding += [(add, flat[0], places[0], *block, sums[n]) for n, block in enumerate(blocks)]
-        for first, last in runs:
-            mine = [n for n, (begin, _) in enumerate(blocks) if first <= begin < first + kh]
+        for w in walks:
+            mine = [n for n, (begin, _) in enumerate(blocks) if w.start <= begin < w.start + kh]
             own = sums[mine[0] : mine[-1] + 1]
-            sliding.append((slide, *flat, *places, shape, first, last, own))
+            walking.append((walk, *flat, *places, shape, *w, own))
     spread(adding)
-    spread(sliding)
+    spread(walking)
     if replicate:
         for out in maps[1:]:
             out[:, :, :top] = out[:, :, top : top + 1]
-            windows = height - kh + 1
             out[:, :, top + windows :] = out[:, :, top + windows - 1 : top + windows]
 
 
@@ -85,125 +102,100 @@ def _lanes(width: int, channels: int) -> int:
     return min(channels, -(-lanes // 16) * 16)
 
 
-def _blocks(runs: Sequence[Run], kh: int, parts: int) -> list[Run]:
-    """About so many blocks of rows, so that the first window of each run is made of whole ones.
+def _walks(runs: Sequence[Run]) -> list[Walk]:
+    """Walks over the runs, two from the border of each two.
 
-    >>> _blocks([(0, 3), (3, 6)], 5, 2)
+    >>> _walks([(0, 3), (3, 7)])
+    [Walk(start=3, rows=3, down=False), Walk(start=3, rows=4, down=True)]
+    """
+    up = [n % 2 == 0 and n + 1 < len(runs) for n in range(len(runs))]
+    return [
+        Walk(last if goes_up else first, last - first, not goes_up)
+        for goes_up, (first, last) in zip(up, runs, strict=True)
+    ]
+
+
+def _blocks(starts: Sequence[int], kh: int, parts: int) -> list[Run]:
+    """About so many blocks of rows, of which the windows at all starts are made.
+
+    >>> _blocks([0, 3], 5, 2)
     [(0, 3), (3, 5), (5, 8)]
     """
-    borders = sorted({row for first, _ in runs for row in (first, first + kh)})
+    borders = sorted({row for first in starts for row in (first, first + kh)})
     most = -(-borders[-1] // max(parts, 1))
     blocks = []
     for a, b in pairwise(borders):
-        if any(first <= a < first + kh for first, _ in runs):
+        if any(first <= a < first + kh for first in starts):
             blocks += [(a + first, a + last) for first, last in split(b - a, -(-(b - a) // most))]
     return blocks
 
 
 # The kernels take memory as it lies, and of each map the place (of the first pixel, steps from row
-# to row and from pixel to pixel) of the channels that are theirs. Offsets are unsigned, since a
-# negative index would count from the end, and the test for it would keep the loops over channels
-# from becoming vector code.
+# to row and from pixel to pixel) of the channels that are theirs; the shape is (kh, kw, rows above
+# and columns left of the first window's position, columns of the result). Offsets are unsigned,
+# since a negative index would count from the end, and the test for it would keep the loops over
+# channels from becoming vector code.
 
 
 @_jit
 def _sum(x, place, first, last, sums):
     column = sums[0]
     column[:] = 0.0
-    at, down, step = _unsigned(place)
-    for y in range(np.uintp(first), np.uintp(last)):
-        row = at + y * down
-        ahead = down if y + 1 < last else np.uintp(0)
+    channels = np.uintp(column.shape[1])
+    for y in range(first, last):
+        row, step = _row(place, y)
         for j in range(np.uintp(column.shape[0])):
             pixel = row + j * step
-            _prefetch(x, pixel + ahead, column.shape[1])
-            for c in range(np.uintp(column.shape[1])):
+            _prefetch(x, pixel, channels)
+            for c in range(channels):
                 column[j, c] += x[pixel + c]
-
-
-@_jit
-def _mean(x, out, place, target, shape, first, last, sums):
-    width, kh, kw, top, left, replicate = shape
-    column = _together(sums)[0]
-    total = np.empty(column.shape[1])
-    for i in range(first, last):
-        row = target[0] + (top + i) * target[1]
-        _slide(column, total, out, row + left * target[2], target[2], kw, 1 / (kh * kw))
-        if replicate:
-            _replicate(out, row, target[2], left, width, kw, len(total))
-        if i + 1 < last:
-            old, new, ahead, step = _moving(place, i, kh, last)
-            for j in range(np.uintp(width)):
-                enters, leaves = new + j * step, old + j * step
-                _prefetch(x, enters + ahead, column.shape[1])
-                _prefetch(x, leaves + ahead, column.shape[1])
-                for c in range(np.uintp(column.shape[1])):
-                    column[j, c] += np.float64(x[enters + c]) - np.float64(x[leaves + c])
 
 
 @_jit
 def _sum_squares(x, place, first, last, sums):
     column, squares = sums[0], sums[1]
     column[:], squares[:] = 0.0, 0.0
-    at, down, step = _unsigned(place)
-    pivot = x[place[0] : place[0] + column.shape[1]].astype(np.float64)
-    for y in range(np.uintp(first), np.uintp(last)):
-        row = at + y * down
-        ahead = down if y + 1 < last else np.uintp(0)
+    channels = np.uintp(column.shape[1])
+    pivot = _pivot(x, place, column.shape[1])
+    for y in range(first, last):
+        row, step = _row(place, y)
         for j in range(np.uintp(column.shape[0])):
             pixel = row + j * step
-            _prefetch(x, pixel + ahead, column.shape[1])
-            for c in range(np.uintp(column.shape[1])):
+            _prefetch(x, pixel, channels)
+            for c in range(channels):
                 value = x[pixel + c] - pivot[c]
                 column[j, c] += value
                 squares[j, c] += value * value
 
 
 @_jit
-def _mean_var(x, mean, var, place, to_mean, to_var, shape, first, last, sums):
-    width, kh, kw, top, left, replicate = shape
+def _mean(x, out, place, target, shape, start, rows, down, sums):
+    kh, kw = shape[:2]
+    total = _slid(_together(sums)[0], kw)
+    moved = np.empty(total.shape[1])
+    for n in range(rows):
+        i = start + n if down else start - 1 - n
+        if n > 0 or not down:
+            leaves, enters = (i - 1, i - 1 + kh) if down else (i + kh, i)
+            _next(x, place, leaves, enters, total, moved, np.uintp(kw))
+        _write(total, out, target, i, shape)
+
+
+@_jit
+def _mean_var(x, mean, var, place, to_mean, to_var, shape, start, rows, down, sums):
+    kh, kw = shape[:2]
     both = _together(sums)
-    column, squares = both[0], both[1]
-    total, square = np.empty(column.shape[1]), np.empty(column.shape[1])
-    pivot = x[place[0] : place[0] + column.shape[1]].astype(np.float64)
-    for i in range(first, last):
-        mean_row, var_row = to_mean[0] + (top + i) * to_mean[1], to_var[0] + (top + i) * to_var[1]
-        _slide_both(
-            column, squares, total, square, pivot, mean, mean_row + left * to_mean[2], to_mean[2],
-            var, var_row + left * to_var[2], to_var[2], kw, 1 / (kh * kw),
-        )  # fmt: skip
-        if replicate:
-            _replicate(mean, mean_row, to_mean[2], left, width, kw, len(total))
-            _replicate(var, var_row, to_var[2], left, width, kw, len(total))
-        if i + 1 < last:
-            old, new, ahead, step = _moving(place, i, kh, last)
-            for j in range(np.uintp(width)):
-                enters, leaves = new + j * step, old + j * step
-                _prefetch(x, enters + ahead, column.shape[1])
-                _prefetch(x, leaves + ahead, column.shape[1])
-                for c in range(np.uintp(column.shape[1])):
-                    a, b = x[enters + c] - pivot[c], x[leaves + c] - pivot[c]
-                    column[j, c] += a - b
-                    squares[j, c] += a * a - b * b
-
-
-@_jit
-def _unsigned(place):
-    return np.uintp(place[0]), np.uintp(place[1]), np.uintp(place[2])
-
-
-@_jit
-def _moving(place, i, kh, last):
-    """Where the rows that leave and enter after row `i` begin; steps to the next and to a pixel."""
-    at, down, step = _unsigned(place)
-    old = at + np.uintp(i) * down
-    return old, old + np.uintp(kh) * down, down if i + 2 < last else np.uintp(0), step
-
-
-@_jit
-def _prefetch(x, at, channels):
-    for c in range(0, channels, 64 // x.itemsize):
-        prefetch(x, np.intp(at) + c)
+    total, square = _slid(both[0], kw), _slid(both[1], kw)
+    moved, squares_moved = np.empty(total.shape[1]), np.empty(total.shape[1])
+    pivot = _pivot(x, place, total.shape[1])
+    for n in range(rows):
+        i = start + n if down else start - 1 - n
+        if n > 0 or not down:
+            leaves, enters = (i - 1, i - 1 + kh) if down else (i + kh, i)
+            _next_both(
+                x, place, leaves, enters, pivot, total, square, moved, squares_moved, np.uintp(kw)
+            )
+        _write_both(total, square, pivot, mean, var, to_mean, to_var, i, shape)
 
 
 @_jit
@@ -216,68 +208,126 @@ def _together(sums):
 
 
 @_jit
-def _slide(column, total, out, at, step, kw, scale):
-    """Means of all windows of a row, from the sums of its columns."""
-    at, step, one, kw = np.uintp(at), np.uintp(step), np.uintp(1), np.uintp(kw)
-    channels = np.uintp(column.shape[1])
-    total[:] = 0.0
-    for j in range(kw - one):
-        for c in range(channels):
-            total[c] += column[j, c]
-    for c in range(channels):
-        total[c] += column[kw - one, c]
-        out[at + c] = total[c] * scale
-    for j in range(np.uintp(column.shape[0]) - kw):
-        for c in range(channels):
-            moved = total[c] + (column[j + kw, c] - column[j, c])
-            total[c] = moved
-            out[at + (j + one) * step + c] = moved * scale
-
-
-@_jit
-def _slide_both(
-    column,
-    squares,
-    total,
-    square,
-    pivot,
-    mean,
-    mean_at,
-    mean_step,
-    var,
-    var_at,
-    var_step,
-    kw,
-    scale,
-):
-    """Means and variances of all windows of a row, from the sums of its columns."""
-    mean_at, mean_step = np.uintp(mean_at), np.uintp(mean_step)
-    var_at, var_step, kw = np.uintp(var_at), np.uintp(var_step), np.uintp(kw)
-    channels = np.uintp(column.shape[1])
-    total[:], square[:] = 0.0, 0.0
+def _slid(column, kw):
+    """Sums over all windows of a row, from those of its columns."""
+    total = np.zeros((column.shape[0] - kw + 1, column.shape[1]))
     for j in range(kw):
-        for c in range(channels):
-            total[c] += column[j, c]
-            square[c] += squares[j, c]
-    windows = np.uintp(column.shape[0]) - kw + np.uintp(1)
-    for j in range(windows):
-        for c in range(channels):
-            centre = total[c] * scale
-            mean[mean_at + j * mean_step + c] = centre + pivot[c]
-            var[var_at + j * var_step + c] = max(square[c] * scale - centre * centre, 0.0)
-        if j + np.uintp(1) < windows:
-            for c in range(channels):
-                total[c] += column[j + kw, c] - column[j, c]
-                square[c] += squares[j + kw, c] - squares[j, c]
+        total[0] += column[j]
+    for j in range(len(total) - 1):
+        for c in range(column.shape[1]):
+            total[j + 1, c] = total[j, c] + (column[j + kw, c] - column[j, c])
+    return total
 
 
 @_jit
-def _replicate(out, at, step, left, width, kw, some):
-    """Extend the windows of a row to the row's ends."""
-    right = left + width - kw
-    for j in range(left):
-        for c in range(some):
-            out[at + j * step + c] = out[at + left * step + c]
-    for j in range(right + 1, width):
-        for c in range(some):
-            out[at + j * step + c] = out[at + right * step + c]
+def _next(x, place, leaves, enters, total, moved, kw):
+    """From the sums of a row of windows to those of the next."""
+    (old, step), (new, _) = _row(place, leaves), _row(place, enters)
+    channels, others = np.uintp(len(moved)), kw - np.uintp(1)
+    moved[:] = 0.0
+    for j in range(others):
+        a, b = old + j * step, new + j * step
+        _prefetch(x, a, channels)
+        _prefetch(x, b, channels)
+        for c in range(channels):
+            moved[c] += np.float64(x[b + c]) - np.float64(x[a + c])
+    for j in range(np.uintp(len(total))):
+        a, b = old + j * step, new + j * step
+        p, q = a + others * step, b + others * step
+        _prefetch(x, p, channels)
+        _prefetch(x, q, channels)
+        for c in range(channels):
+            here = moved[c] + (np.float64(x[q + c]) - np.float64(x[p + c]))
+            total[j, c] += here
+            moved[c] = here - (np.float64(x[b + c]) - np.float64(x[a + c]))
+
+
+@_jit
+def _next_both(x, place, leaves, enters, pivot, total, square, moved, squares_moved, kw):
+    """The same for sums of values and of their squares."""
+    (old, step), (new, _) = _row(place, leaves), _row(place, enters)
+    channels, others = np.uintp(len(moved)), kw - np.uintp(1)
+    moved[:], squares_moved[:] = 0.0, 0.0
+    for j in range(others):
+        a, b = old + j * step, new + j * step
+        _prefetch(x, a, channels)
+        _prefetch(x, b, channels)
+        for c in range(channels):
+            value, other = x[b + c] - pivot[c], x[a + c] - pivot[c]
+            moved[c] += value - other
+            squares_moved[c] += value * value - other * other
+    for j in range(np.uintp(len(total))):
+        a, b = old + j * step, new + j * step
+        p, q = a + others * step, b + others * step
+        _prefetch(x, p, channels)
+        _prefetch(x, q, channels)
+        for c in range(channels):
+            value, other = x[q + c] - pivot[c], x[p + c] - pivot[c]
+            here = moved[c] + (value - other)
+            squares_here = squares_moved[c] + (value * value - other * other)
+            total[j, c] += here
+            square[j, c] += squares_here
+            value, other = x[b + c] - pivot[c], x[a + c] - pivot[c]
+            moved[c] = here - (value - other)
+            squares_moved[c] = squares_here - (value * value - other * other)
+
+
+@_jit
+def _write(total, out, target, i, shape):
+    """Means of a row of windows from their sums."""
+    kh, kw, top, left = shape[:4]
+    scale = 1 / (kh * kw)
+    at, step = _row(target, top + i, left)
+    for j in range(np.uintp(total.shape[0])):
+        for c in range(np.uintp(total.shape[1])):
+            out[at + j * step + c] = total[j, c] * scale
+    _extend(out, target, i, shape, total.shape)
+
+
+@_jit
+def _write_both(total, square, pivot, mean, var, to_mean, to_var, i, shape):
+    """Means and variances of a row of windows from their sums."""
+    kh, kw, top, left = shape[:4]
+    scale = 1 / (kh * kw)
+    (at, step), (var_at, var_step) = _row(to_mean, top + i, left), _row(to_var, top + i, left)
+    for j in range(np.uintp(total.shape[0])):
+        for c in range(np.uintp(total.shape[1])):
+            centre = total[j, c] * scale
+            mean[at + j * step + c] = centre + pivot[c]
+            var[var_at + j * var_step + c] = max(square[j, c] * scale - centre * centre, 0.0)
+    _extend(mean, to_mean, i, shape, total.shape)
+    _extend(var, to_var, i, shape, total.shape)
+
+
+@_jit
+def _extend(out, target, i, shape, windows):
+    """Extend a row of windows to the ends of the result's row."""
+    _, _, top, left, width = shape
+    last = left + windows[0] - 1
+    begin, step = _row(target, top + i)
+    for j in range(width):
+        if j < left or j > last:
+            at, source = (
+                begin + np.uintp(j) * step,
+                begin + np.uintp(min(max(j, left), last)) * step,
+            )
+            for c in range(np.uintp(windows[1])):
+                out[at + c] = out[source + c]
+
+
+@_jit
+def _row(place, y, x=0):
+    """Where a pixel of a row lies, and the step to the next."""
+    return np.uintp(place[0] + y * place[1] + x * place[2]), np.uintp(place[2])
+
+
+@_jit
+def _pivot(x, place, channels):
+    """A value of each channel, which sums of squares are taken about."""
+    return x[place[0] : place[0] + channels].astype(np.float64)
+
+
+@_jit
+def _prefetch(x, at, channels):
+    for c in range(0, channels, 64 // x.itemsize):
+        prefetch(x, np.intp(at) + AHEAD // x.itemsize + c)

@@ -18,6 +18,7 @@ from fullres.ops.arrays import as_array
 from fullres.ops.frames import Frame
 from fullres.ops.gate import Layer
 from fullres.ops.lanes import (
+    AHEAD,
     LANES,
     add_outer,
     add_square,
@@ -114,7 +115,7 @@ def _gated(x, inner, out, steps, factors, place, first, last):
                 for n in range(count):
                     _copy(result, n * steps[-1, 3], gates, (left + begin + n) * channels, channels)
             _replicate(gates, left, windows, channels, x.shape[1])
-        _product(x[y], out[y], x[min(y + 1, len(x) - 1)], gates)
+        _product(x[y], out[y], gates)
 
 
 @_jit
@@ -175,10 +176,10 @@ def _replicate(gates, left, windows, channels, length):
 
 
 @_jit
-def _product(row, target, following, gates):
+def _product(row, target, gates):
     whole = len(row) - len(row) % LANES
     for at in range(0, whole, LANES):
-        prefetch(following, at)
+        prefetch(row, at + AHEAD // row.itemsize)
         store(target, at, multiply(load(row, at), load(gates, at)))
     ends = np.zeros(LANES, row.dtype)
     ends[: len(row) - whole] = row[whole:]

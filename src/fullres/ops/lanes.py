@@ -21,6 +21,8 @@ from numba.extending import intrinsic, models, register_model
 from numba.np.arrayobj import make_array
 
 LANES = 16
+AHEAD = 2**13
+"""Bytes that kernels going through memory in order fetch it ahead of its use."""
 
 _FLOAT, _WORD, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 _VECTOR, _WORDS, _HALVES = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _WORD, _HALF))
