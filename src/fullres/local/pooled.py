@@ -132,11 +132,8 @@ class Pooled(Tensor):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Pooled | None:
         """What a call on these values gives, if it is a layer that may wait or only reshapes."""
-        if (
-            not (self.dim() == 2 or self.is_one_value())
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-        ):
+        vector = self.dim() == 2 or self.is_one_value()
+        if not vector or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if self.head is not None and getattr(func, "__name__", "") in _RESHAPES:
             shape = func(torch.empty(self.shape, device="meta"), *args[1:], **kwargs).shape
@@ -227,9 +224,8 @@ def _product(
     x, values = reversed(args) if isinstance(args[0], Pooled) and not in_place else args
     if not isinstance(x, Tensor) or isinstance(x, Pooled) or not isinstance(values, Pooled):
         return None
-    if x.dim() != 4 or tuple(x.shape[2:]) != values.positions or not values.is_one_value():
-        return None
-    return values.times(x, in_place=in_place)
+    meet = x.dim() == 4 and tuple(x.shape[2:]) == values.positions and values.is_one_value()
+    return values.times(x, in_place=in_place) if meet else None
 
 
 def _landed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -30,7 +30,7 @@ Run = tuple[int, int]
 """The first of some rows, and the one after the last."""
 
 SUMS = 2**21
-"""Bytes of column sums that a job keeps: more would leave caches, fewer would part pixels."""
+"""Bytes of sums that a job keeps: more would leave caches, fewer would part pixels."""
 
 
 class Walk(NamedTuple):
@@ -174,9 +174,8 @@ def _mean(x, out, place, target, shape, start, rows, down, sums):
     total = _slid(_together(sums)[0], kw)
     moved = np.empty(total.shape[1])
     for n in range(rows):
-        i = start + n if down else start - 1 - n
+        i, leaves, enters = _turn(start, n, down, kh)
         if n > 0 or not down:
-            leaves, enters = (i - 1, i - 1 + kh) if down else (i + kh, i)
             _next(x, place, leaves, enters, total, moved, np.uintp(kw))
         _write(total, out, target, i, shape)
 
@@ -189,13 +188,20 @@ def _mean_var(x, mean, var, place, to_mean, to_var, shape, start, rows, down, su
     moved, squares_moved = np.empty(total.shape[1]), np.empty(total.shape[1])
     pivot = _pivot(x, place, total.shape[1])
     for n in range(rows):
-        i = start + n if down else start - 1 - n
+        i, leaves, enters = _turn(start, n, down, kh)
         if n > 0 or not down:
-            leaves, enters = (i - 1, i - 1 + kh) if down else (i + kh, i)
             _next_both(
                 x, place, leaves, enters, pivot, total, square, moved, squares_moved, np.uintp(kw)
             )
         _write_both(total, square, pivot, mean, var, to_mean, to_var, i, shape)
+
+
+@_jit
+def _turn(start, n, down, kh):
+    """Which row of windows a walk gives as its `n`-th, and the rows that leave and enter for it."""
+    if down:
+        return start + n, start + n - 1, start + n - 1 + kh
+    return start - 1 - n, start - 1 - n + kh, start - 1 - n
 
 
 @_jit
@@ -226,20 +232,20 @@ def _next(x, place, leaves, enters, total, moved, kw):
     channels, others = np.uintp(len(moved)), kw - np.uintp(1)
     moved[:] = 0.0
     for j in range(others):
-        a, b = old + j * step, new + j * step
-        _prefetch(x, a, channels)
-        _prefetch(x, b, channels)
+        old_at, new_at = old + j * step, new + j * step
+        _prefetch(x, old_at, channels)
+        _prefetch(x, new_at, channels)
         for c in range(channels):
-            moved[c] += np.float64(x[b + c]) - np.float64(x[a + c])
+            moved[c] += np.float64(x[new_at + c]) - np.float64(x[old_at + c])
     for j in range(np.uintp(len(total))):
-        a, b = old + j * step, new + j * step
-        p, q = a + others * step, b + others * step
-        _prefetch(x, p, channels)
-        _prefetch(x, q, channels)
+        first_old, first_new = old + j * step, new + j * step
+        last_old, last_new = first_old + others * step, first_new + others * step
+        _prefetch(x, last_old, channels)
+        _prefetch(x, last_new, channels)
         for c in range(channels):
-            here = moved[c] + (np.float64(x[q + c]) - np.float64(x[p + c]))
+            here = moved[c] + (np.float64(x[last_new + c]) - np.float64(x[last_old + c]))
             total[j, c] += here
-            moved[c] = here - (np.float64(x[b + c]) - np.float64(x[a + c]))
+            moved[c] = here - (np.float64(x[first_new + c]) - np.float64(x[first_old + c]))
 
 
 @_jit
@@ -249,27 +255,25 @@ def _next_both(x, place, leaves, enters, pivot, total, square, moved, squares_mo
     channels, others = np.uintp(len(moved)), kw - np.uintp(1)
     moved[:], squares_moved[:] = 0.0, 0.0
     for j in range(others):
-        a, b = old + j * step, new + j * step
-        _prefetch(x, a, channels)
-        _prefetch(x, b, channels)
+        old_at, new_at = old + j * step, new + j * step
+        _prefetch(x, old_at, channels)
+        _prefetch(x, new_at, channels)
         for c in range(channels):
-            value, other = x[b + c] - pivot[c], x[a + c] - pivot[c]
-            moved[c] += value - other
-            squares_moved[c] += value * value - other * other
+            a, b = x[old_at + c] - pivot[c], x[new_at + c] - pivot[c]
+            moved[c] += b - a
+            squares_moved[c] += b * b - a * a
     for j in range(np.uintp(len(total))):
-        a, b = old + j * step, new + j * step
-        p, q = a + others * step, b + others * step
-        _prefetch(x, p, channels)
-        _prefetch(x, q, channels)
+        first_old, first_new = old + j * step, new + j * step
+        last_old, last_new = first_old + others * step, first_new + others * step
+        _prefetch(x, last_old, channels)
+        _prefetch(x, last_new, channels)
         for c in range(channels):
-            value, other = x[q + c] - pivot[c], x[p + c] - pivot[c]
-            here = moved[c] + (value - other)
-            squares_here = squares_moved[c] + (value * value - other * other)
+            a, b = x[last_old + c] - pivot[c], x[last_new + c] - pivot[c]
+            here, squares_here = moved[c] + (b - a), squares_moved[c] + (b * b - a * a)
             total[j, c] += here
             square[j, c] += squares_here
-            value, other = x[b + c] - pivot[c], x[a + c] - pivot[c]
-            moved[c] = here - (value - other)
-            squares_moved[c] = squares_here - (value * value - other * other)
+            a, b = x[first_old + c] - pivot[c], x[first_new + c] - pivot[c]
+            moved[c], squares_moved[c] = here - (b - a), squares_here - (b * b - a * a)
 
 
 @_jit
@@ -304,20 +308,17 @@ def _extend(out, target, i, shape, windows):
     """Extend a row of windows to the ends of the result's row."""
     _, _, top, left, width = shape
     last = left + windows[0] - 1
-    begin, step = _row(target, top + i)
     for j in range(width):
         if j < left or j > last:
-            at, source = (
-                begin + np.uintp(j) * step,
-                begin + np.uintp(min(max(j, left), last)) * step,
-            )
+            at, _ = _row(target, top + i, j)
+            nearest, _ = _row(target, top + i, min(max(j, left), last))
             for c in range(np.uintp(windows[1])):
-                out[at + c] = out[source + c]
+                out[at + c] = out[nearest + c]
 
 
 @_jit
 def _row(place, y, x=0):
-    """Where a pixel of a row lies, and the step to the next."""
+    """Where a row lies from its `x`-th pixel on, and the step to the next pixel."""
     return np.uintp(place[0] + y * place[1] + x * place[2]), np.uintp(place[2])
 
 
