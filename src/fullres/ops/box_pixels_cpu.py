@@ -108,11 +108,11 @@ def _walks(runs: Sequence[Run]) -> list[Walk]:
     >>> _walks([(0, 3), (3, 7)])
     [Walk(start=3, rows=3, down=False), Walk(start=3, rows=4, down=True)]
     """
-    up = [n % 2 == 0 and n + 1 < len(runs) for n in range(len(runs))]
-    return [
-        Walk(last if goes_up else first, last - first, not goes_up)
-        for goes_up, (first, last) in zip(up, runs, strict=True)
-    ]
+    walks = []
+    for n, (first, last) in enumerate(runs):
+        up = n % 2 == 0 and n + 1 < len(runs)
+        walks.append(Walk(last if up else first, last - first, down=not up))
+    return walks
 
 
 def _blocks(starts: Sequence[int], kh: int, parts: int) -> list[Run]:
