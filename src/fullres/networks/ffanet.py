@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fullres.networks.layers import product, total
+from fullres.networks.layers import Conv2d, product, total
 from fullres.networks.spec import Architecture, Spec, State, count
 
 REDUCTION = 8
@@ -53,9 +53,9 @@ class Block(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = Conv2d(channels, channels, 3, padding=1)
         self.act1 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = Conv2d(channels, channels, 3, padding=1)
         self.calayer = CALayer(channels)
         self.palayer = PALayer(channels)
 
@@ -69,7 +69,7 @@ class Group(nn.Module):
 
     def __init__(self, channels: int, blocks: int) -> None:
         super().__init__()
-        last = nn.Conv2d(channels, channels, 3, padding=1)
+        last = Conv2d(channels, channels, 3, padding=1)
         self.gp = nn.Sequential(*(Block(channels) for _ in range(blocks)), last)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class FFANet(nn.Module):
         self.palayer = PALayer(dim)
         self.pre = nn.Sequential(nn.Conv2d(img_channel, dim, 3, padding=1))
         self.post = nn.Sequential(
-            nn.Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, img_channel, 3, padding=1)
+            Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, img_channel, 3, padding=1)
         )
 
     def forward(self, image: Tensor) -> Tensor:

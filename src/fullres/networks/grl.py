@@ -41,6 +41,7 @@ from fullres.networks.grl_checkpoint import (
     without_tables,
 )
 from fullres.networks.grl_checks import check_sizes, check_stages, check_windows
+from fullres.networks.layers import Conv2d
 from fullres.networks.spec import Architecture
 
 Conv = Literal["1conv", "3conv", "1conv1x1", "linear"]
@@ -76,9 +77,9 @@ class ChannelAttentionBlock(nn.Module):
     def __init__(self, channels: int, compress: int = 4, reduction: int = 18) -> None:
         super().__init__()
         self.cab = nn.Sequential(
-            nn.Conv2d(channels, channels // compress, 3, padding=1),
+            Conv2d(channels, channels // compress, 3, padding=1),
             nn.GELU(),
-            nn.Conv2d(channels // compress, channels, 3, padding=1),
+            Conv2d(channels // compress, channels, 3, padding=1),
             ChannelAttention(channels, reduction),
         )
 
@@ -151,7 +152,7 @@ class Upsample(nn.Module):
         super().__init__()
         steps: list[nn.Module] = []
         for factor in factors:
-            steps += [nn.Conv2d(channels, factor**2 * out, 3, padding=1), nn.PixelShuffle(factor)]
+            steps += [Conv2d(channels, factor**2 * out, 3, padding=1), nn.PixelShuffle(factor)]
         self.up = nn.Sequential(*steps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -250,7 +251,7 @@ class GRL(nn.Module):
         mean = RGB_MEAN if in_channels == out == 3 else (0.0,)
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.img_range = img_range
-        self.conv_first = nn.Conv2d(in_channels, embed_dim, 3, padding=1)
+        self.conv_first = Conv2d(in_channels, embed_dim, 3, padding=1)
         self.norm_start = nn.LayerNorm(embed_dim)
         self.layers = nn.ModuleList(
             TransformerStage(
@@ -293,18 +294,18 @@ class GRL(nn.Module):
 
 def _last_conv(channels: int, kind: Conv) -> nn.Module:
     if kind == "1conv":
-        return nn.Conv2d(channels, channels, 3, padding=1)
+        return Conv2d(channels, channels, 3, padding=1)
     if kind == "1conv1x1":
         return nn.Conv2d(channels, channels, 1)
     if kind == "linear":
         return LinearOfMap(channels, channels)
     quarter = channels // 4
     return nn.Sequential(
-        nn.Conv2d(channels, quarter, 3, padding=1),
+        Conv2d(channels, quarter, 3, padding=1),
         nn.LeakyReLU(0.2, inplace=True),
         nn.Conv2d(quarter, quarter, 1),
         nn.LeakyReLU(0.2, inplace=True),
-        nn.Conv2d(quarter, channels, 3, padding=1),
+        Conv2d(quarter, channels, 3, padding=1),
     )
 
 
@@ -314,16 +315,14 @@ def _tail(upsampler: Upsampler, upscale: int, dim: int, out: int) -> dict[str, n
     if upsampler == "pixelshuffledirect":
         return {"upsample": Upsample(dim, out, factors)}
     if upsampler == "":
-        return {"conv_last": nn.Conv2d(dim, out, 3, padding=1)}
-    before = nn.Sequential(nn.Conv2d(dim, wide, 3, padding=1), nn.LeakyReLU(inplace=True))
+        return {"conv_last": Conv2d(dim, out, 3, padding=1)}
+    before = nn.Sequential(Conv2d(dim, wide, 3, padding=1), nn.LeakyReLU(inplace=True))
     tail: dict[str, nn.Module] = {"conv_before_upsample": before}
     if upsampler == "pixelshuffle":
         tail["upsample"] = Upsample(wide, wide, factors)
     else:
-        tail |= {
-            n: nn.Conv2d(wide, wide, 3, padding=1) for n in ("conv_up1", "conv_up2", "conv_hr")
-        }
-    return {**tail, "conv_last": nn.Conv2d(wide, out, 3, padding=1)}
+        tail |= {n: Conv2d(wide, wide, 3, padding=1) for n in ("conv_up1", "conv_up2", "conv_hr")}
+    return {**tail, "conv_last": Conv2d(wide, out, 3, padding=1)}
 
 
 def _factors(upsampler: Upsampler, upscale: int) -> tuple[int, ...]:

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullres.networks.layers import pad_to_multiple
+from fullres.networks.layers import Conv2d, pad_to_multiple
 from fullres.networks.spec import Architecture, Spec, State, count
 
 
-def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+def conv3x3(in_channels: int, out_channels: int) -> Conv2d:
     """3 × 3 convolution that keeps height and width."""
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    return Conv2d(in_channels, out_channels, 3, padding=1)
 
 
 def downsampling(channels: int) -> nn.Conv2d:

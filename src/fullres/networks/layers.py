@@ -9,8 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fullres.errors import ConversionError
+from fullres.ops.convolution import convolution
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class Conv2d(nn.Conv2d):
+    """torch's convolution, faster where `fullres.ops.convolution` makes one of 3 × 3 faster.
+
+    Shapes: (B, in_channels, H, W) to (B, out_channels, H', W'), memory format kept.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        dense = (*self.stride, *self.dilation, self.groups) == (1,) * 5
+        if dense and self.padding_mode == "zeros" and self.padding in ((0, 0), (1, 1)):
+            return convolution(x, self.weight, self.bias, padding=self.padding[0])
+        return super().forward(x)
 
 
 class LayerNorm2d(nn.Module):

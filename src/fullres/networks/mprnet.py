@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fullres.networks.layers import pad_to_multiple, product, total
+from fullres.networks.layers import Conv2d, pad_to_multiple, product, total
 from fullres.networks.spec import Architecture, Spec, State, count
 
 MULTIPLE = 8
@@ -68,7 +68,7 @@ class CAB(nn.Module):
         self, channels: int, kernel_size: int, reduction: int, bias: bool, act: nn.Module
     ) -> None:
         super().__init__()
-        conv = partial(nn.Conv2d, kernel_size=kernel_size, padding=kernel_size // 2, bias=bias)
+        conv = partial(Conv2d, kernel_size=kernel_size, padding=kernel_size // 2, bias=bias)
         self.CA = ChannelAttention(channels, reduction, bias)
         self.body = nn.Sequential(conv(channels, channels), act, conv(channels, channels))
 
@@ -287,7 +287,7 @@ class MPRNet(nn.Module):
                 "kernel_size odd"
             )
         act = nn.PReLU()  # one for the whole network, as published: it stands under many names
-        conv = partial(nn.Conv2d, kernel_size=kernel_size, padding=kernel_size // 2, bias=bias)
+        conv = partial(Conv2d, kernel_size=kernel_size, padding=kernel_size // 2, bias=bias)
 
         def block(channels: int) -> CAB:
             return CAB(channels, kernel_size, reduction, bias, act)

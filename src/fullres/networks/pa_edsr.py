@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from fullres.networks.layers import Conv2d
 from fullres.networks.panet import (
     MeanShift,
     PyramidAttention,
@@ -77,7 +78,7 @@ class PAEDSR(nn.Module):
 def _upsampler(channels: int, scale: int) -> nn.Sequential:
     steps: list[nn.Module] = []
     for factor in (3,) if scale == 3 else (2,) * (scale // 2):
-        conv = nn.Conv2d(channels, channels * factor**2, 3, padding=1)
+        conv = Conv2d(channels, channels * factor**2, 3, padding=1)
         steps += [conv, nn.PixelShuffle(factor)]
     return nn.Sequential(*steps)
 

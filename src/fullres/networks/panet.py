@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullres.networks.layers import local_already, sharing
+from fullres.networks.layers import Conv2d, local_already, sharing
 from fullres.networks.spec import Architecture, Spec, State, count
 from fullres.ops.pyramid import EPS, SCALES, pyramid_attention
 
@@ -157,8 +157,8 @@ class MeanShift(nn.Conv2d):
         self.requires_grad_(False)
 
 
-def _conv(channels: int, out: int) -> nn.Conv2d:
-    return nn.Conv2d(channels, out, 3, padding=1)
+def _conv(channels: int, out: int) -> Conv2d:
+    return Conv2d(channels, out, 3, padding=1)
 
 
 class PANet(nn.Module):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fullres.networks.layers import pad_to_multiple
+from fullres.networks.layers import Conv2d, pad_to_multiple
 from fullres.networks.mprnet import CAB, Block, Decoder, Encoder, Features, ORSNet
 from fullres.networks.spec import Architecture, Network, Spec, State
 
@@ -62,7 +62,7 @@ class RNNMBP(nn.Module):
         self.forward_decoder = Decoder(width, step, _block())
         self.backward_encoder = Encoder(width, step, _block(), "skip", bias=False)
         self.backward_decoder = Decoder(width, step, _block())
-        conv = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
+        conv = partial(Conv2d, kernel_size=3, padding=1, bias=False)
         self.TFR = ORSNet(width, step, 0, 8, _block(), conv, bias=False)
         # used by nothing, but part of every checkpoint
         near = past_frames + 1 + future_frames

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullres.networks.layers import product, total
+from fullres.networks.layers import Conv2d, product, total
 from fullres.networks.spec import Architecture, Spec, State, count
 
 PRIOR_CHANNELS = 32
@@ -47,7 +47,7 @@ class ConvLayer(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride)
+        self.conv = Conv2d(in_channels, out_channels, 3, stride)
         self.ins = nn.InstanceNorm2d(out_channels, affine=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,9 +95,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.module_body = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1),
+            Conv2d(channels, channels, 3, padding=1),
             nn.ReLU(inplace=True),
-            nn.Conv2d(channels, channels, 3, padding=1),
+            Conv2d(channels, channels, 3, padding=1),
         )
         self.se = SqueezeExcitation(channels)
 
@@ -112,7 +112,7 @@ class ResidualGroup(nn.Module):
         super().__init__()
         self.module_body = nn.Sequential(
             *(ResidualBlock(channels) for _ in range(blocks)),
-            nn.Conv2d(channels, channels, 3, padding=1),
+            Conv2d(channels, channels, 3, padding=1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,8 +125,8 @@ class PriorBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         channels = PRIOR_CHANNELS
-        self.query_conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.key_conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.query_conv = Conv2d(channels, channels, 3, padding=1)
+        self.key_conv = Conv2d(channels, channels, 3, padding=1)
         self.gamma1 = nn.Conv2d(2 * channels, 2, 3, padding=1)
         self.gamma2 = nn.Conv2d(2 * channels, 2, 3, padding=1)
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from fullres.ops.arrays import as_array, spanned
 from fullres.ops.lanes import (
     LANES,
+    add_block,
     add_outer,
-    add_square,
     fma,
     load,
+    square,
     store,
-    zero_square,
 )
 from fullres.ops.threads import split, spread
 
@@ -100,11 +100,10 @@ def _products(a, a_steps, b, b_steps, height, width, gram, a_squares, b_squares)
             _take(b, y * b_steps[0] + x * b_steps[1], b_steps[1], count, b_run, b_squares)
             for i in range(0, channels, LANES):
                 for j in range(0, others, LANES):
-                    square = zero_square()
+                    sums = square()
                     for n in range(count):
-                        values = load(b_run, n * others + j)
-                        square = add_outer(square, a_run, n * channels + i, 1, values)
-                    add_square(gram, i * others + j, others, square)
+                        sums = add_outer(sums, a_run, n * channels + i, 1, b_run, n * others + j)
+                    add_block(gram, i * others + j, others, sums)
 
 
 @_jit

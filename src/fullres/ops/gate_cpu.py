@@ -20,15 +20,15 @@ from fullres.ops.gate import Layer
 from fullres.ops.lanes import (
     AHEAD,
     LANES,
+    add_block,
     add_outer,
-    add_square,
     load,
     multiply,
     prefetch,
     relu,
     sigmoid,
+    square,
     store,
-    zero_square,
 )
 from fullres.ops.threads import split, spread
 
@@ -149,13 +149,13 @@ def _layers(taken, rooms, steps, factors):
 def _convolve(run, given, before, after, factors, out):
     for c in range(0, after, LANES):
         for n in range(0, RUN, LANES):
-            square = zero_square()
+            sums = square()
             for k in range(given):
-                weights = load(factors, (1 + k) * after + c)
-                square = add_outer(square, run, n * before + k, before, weights)
+                at = (1 + k) * after + c
+                sums = add_outer(sums, run, n * before + k, before, factors, at)
             for m in range(n, n + LANES):
                 store(out, m * after + c, load(factors, c))
-            add_square(out, n * after + c, after, square)
+            add_block(out, n * after + c, after, sums)
 
 
 @_jit

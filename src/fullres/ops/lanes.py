@@ -2,8 +2,8 @@
 
 Compilers vectorise one loop at a time, and keep nothing in registers across a store that might
 change it. Kernels that hold factors and sums there, as convolutions and matrix products do, are
-written in these vectors: `Lanes`, and `Square`, sixteen of them. LLVM maps both to whatever
-registers the processor has.
+written in these vectors: `Lanes`, and `Block`, rows of them. LLVM maps both to whatever registers
+the processor has.
 
 Vectors are float32. Arrays are one-dimensional and hold float32, or bfloat16 by its bits as uint16.
 Nothing is checked: sixteen values must lie from each position on.
@@ -11,6 +11,8 @@ Nothing is checked: sixteen values must lie from each position on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from math import factorial, log
 from typing import Any
 
@@ -28,34 +30,39 @@ _FLOAT, _WORD, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 _VECTOR, _WORDS, _HALVES = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _WORD, _HALF))
 
 
-def _of(value: Any) -> Any:
-    """How numba holds what is one value of LLVM's."""
-
-    class Model(models.PrimitiveModel):
-        def __init__(self, manager, lanes):
-            super().__init__(manager, lanes, value)
-
-    return Model
-
-
 class Lanes(types.Type):
     """Sixteen floats."""
 
     def __init__(self) -> None:
         super().__init__("Lanes")
 
-
-class Square(types.Type):
-    """Sixteen `Lanes`."""
-
-    def __init__(self) -> None:
-        super().__init__("Square")
+    @property
+    def value(self) -> Any:
+        """What LLVM holds them in."""
+        return _VECTOR
 
 
-_SQUARE = ir.ArrayType(_VECTOR, LANES)
-_lanes, _square = Lanes(), Square()
-for _type, _model in ((Lanes, _VECTOR), (Square, _SQUARE)):
-    register_model(_type)(_of(_model))
+class Block(types.Type):
+    """Rows of as many `Lanes` each."""
+
+    def __init__(self, rows: int, vectors: int) -> None:
+        super().__init__(f"Block({rows}, {vectors})")
+        self.rows, self.vectors = rows, vectors
+
+    @property
+    def value(self) -> Any:
+        """What LLVM holds them in."""
+        return ir.ArrayType(_VECTOR, self.rows * self.vectors)
+
+
+@register_model(Lanes)
+@register_model(Block)
+class _Model(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, kind.value)
+
+
+_lanes = Lanes()
 
 
 @intrinsic
@@ -191,48 +198,106 @@ _LOG_2 = 45426 / 65536
 """The logarithm of 2 in 16 bits, so that its small multiples are exact; the rest comes apart."""
 
 
-@intrinsic
-def zero_square(context):
-    """Sixteen times sixteen zeros."""
-    return _square(), lambda *_: ir.Constant(_SQUARE, None)
+def blocks(rows: int, vectors: int) -> Any:
+    """A function for kernels that gives a block of zeros."""
+    block = Block(rows, vectors)
+
+    @intrinsic
+    def zero_block(context):
+        return block(), lambda *_: ir.Constant(block.value, None)
+
+    return zero_block
+
+
+square = blocks(LANES, 1)
 
 
 @intrinsic
-def add_outer(context, square, array, at, stride, lanes):
-    """To the n-th vector of a square add `lanes` times what an array holds at `at + n * stride`.
+def add_outer(context, block, array, at, stride, other, to):
+    """To the n-th row of a block add what `other` holds from `to` on, as wide as the block, times
+    the value that `array` holds at `at + n * stride`.
 
-    The array holds float32.
+    Both arrays hold float32.
     """
-    return _square(square, array, types.intp, types.intp, lanes), _emit_outer
+    return block(block, array, types.intp, types.intp, other, types.intp), _emit_outer
 
 
 def _emit_outer(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-    square, array, at, stride, lanes = values
-    for n in range(LANES):
-        value = builder.load(_pointer(context, builder, signature.args[1:], (array, at)))
+    kind, *arguments = signature.args
+    block, array, at, stride, other, to = values
+    row = [
+        builder.load(_vector(context, builder, arguments[3:], (other, to), v), align=4)
+        for v in range(kind.vectors)
+    ]
+    for n in range(kind.rows):
+        value = builder.load(_pointer(context, builder, arguments, (array, at)))
         at = builder.add(at, stride)
         first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _WORD(0))
         same = builder.shuffle_vector(first, first, ir.Constant(_WORDS, None))
-        total = _fma(builder, same, lanes, builder.extract_value(square, n))
-        square = builder.insert_value(square, total, n)
-    return square
+        for i, vector in enumerate(row, n * kind.vectors):
+            total = _fma(builder, same, vector, builder.extract_value(block, i))
+            block = builder.insert_value(block, total, i)
+    return block
 
 
 @intrinsic
-def add_square(context, array, at, stride, square):
-    """Add a square's vectors to an array of float32, the n-th at `at + n * stride`."""
-    return types.void(array, types.intp, types.intp, square), _emit_square
+def store_block(context, array, at, stride, block):
+    """Write a block's rows to an array of float32, the n-th from `at + n * stride` on."""
+    return types.void(array, types.intp, types.intp, block), _emit_block
 
 
-def _emit_square(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-    array, at, stride, square = values
-    for n in range(LANES):
-        pointer = _pointer(context, builder, signature.args, (array, at))
-        pointer = builder.bitcast(pointer, _VECTOR.as_pointer())
-        total = builder.fadd(builder.load(pointer, align=4), builder.extract_value(square, n))
-        builder.store(total, pointer, align=4)
+@intrinsic
+def add_block(context, array, at, stride, block):
+    """Add a block's rows to what an array of float32 holds, the n-th from `at + n * stride` on."""
+    return types.void(array, types.intp, types.intp, block), partial(_emit_block, add=True)
+
+
+def _emit_block(
+    context: Any, builder: Any, signature: Any, values: Any, *, add: bool = False
+) -> Any:
+    array, at, stride, block = values
+    kind = signature.args[3]
+    for n in range(kind.rows):
+        for v in range(kind.vectors):
+            pointer = _vector(context, builder, signature.args, (array, at), v)
+            vector = builder.extract_value(block, n * kind.vectors + v)
+            if add:
+                vector = builder.fadd(builder.load(pointer, align=4), vector)
+            builder.store(vector, pointer, align=4)
         at = builder.add(at, stride)
     return context.get_dummy_value()
+
+
+def combining(matrix: Sequence[Sequence[float]]) -> Any:
+    """A function for kernels that multiplies vectors by a matrix that is known beforehand.
+
+    `combine(array, at, stride, target, to, step, start)` takes one vector a column of the matrix
+    from `array`, the n-th from `at + n * stride` on, and writes one a row, with `start` added to
+    each, to `target`, the n-th from `to + n * step` on. Both arrays hold float32.
+    """
+
+    @intrinsic
+    def combine(context, array, at, stride, target, to, step, start):
+        place = (types.intp, types.intp)
+        return types.void(array, *place, target, *place, _lanes), emit
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        array, at, stride, target, to, step, start = values
+        given = []
+        for _ in matrix[0]:
+            pointer = _vector(context, builder, signature.args, (array, at), 0)
+            given.append(builder.load(pointer, align=4))
+            at = builder.add(at, stride)
+        for row in matrix:
+            total = start
+            for factor, vector in zip(row, given, strict=True):
+                total = _fma(builder, _floats(factor), vector, total) if factor else total
+            pointer = _vector(context, builder, signature.args[3:], (target, to), 0)
+            builder.store(total, pointer, align=4)
+            to = builder.add(to, step)
+        return context.get_dummy_value()
+
+    return combine
 
 
 def _words(value: int) -> Any:
@@ -241,6 +306,14 @@ def _words(value: int) -> Any:
 
 def _floats(value: float) -> Any:
     return ir.Constant(_VECTOR, [value] * LANES)
+
+
+def _vector(context: Any, builder: Any, arguments: Any, values: Any, n: int) -> Any:
+    """That to the n-th vector of floats from the position on."""
+    array, at = values
+    values = array, builder.add(at, ir.Constant(at.type, n * LANES))
+    pointer = _pointer(context, builder, arguments, values)
+    return builder.bitcast(pointer, _VECTOR.as_pointer())
 
 
 def _pointer(context: Any, builder: Any, arguments: Any, values: Any) -> Any:

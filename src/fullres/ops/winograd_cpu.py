@@ -1,0 +1,255 @@
+"""3 × 3 convolution of many channels on the CPU by minimal filtering: a quarter of the products.
+
+Sixteen outputs, 4 × 4, take 36 products for each pair of channels where direct sums take 144 (Lavin
+and Gray, *Fast Algorithms for Convolutional Neural Networks*, CVPR 2016). Tiles of 6 × 6 pixels,
+which overlap, and the weights are transformed; their products, summed over channels, are
+transformed back. How much rounding adds depends on the points at which the transforms evaluate
+polynomials; with those here it stays near that of direct sums.
+
+A run of tiles passes at a time, so that all between the map and the result stays in cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite.binding import get_host_cpu_features
+from numba import config, njit
+from torch import Tensor
+
+from fullres.ops.lanes import LANES, add_outer, blocks, combining, load, store_block, zeros
+from fullres.ops.threads import split, spread
+
+_jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
+
+SIDE, TILE = 4, 6
+"""Outputs and pixels of a tile, along either axis."""
+PLANES = TILE**2
+POINTS = (0, 0.625, -0.625, 1.5, -1.5)
+"""Where polynomials are evaluated, beside infinity. Those of most libraries, up to 2, round off
+twice as much."""
+
+
+def _transforms() -> tuple[Any, Any, Any]:
+    """Matrices (6, 6) for tiles, (6, 3) for weights and (4, 6) for products, along either axis."""
+    others = [[p for p in POINTS if p != point] for point in POINTS]
+    scales = [np.prod(np.subtract(p, rest)) for p, rest in zip(POINTS, others, strict=True)]
+    tiles = [[*np.poly(rest)[::-1], 0] for rest in others] + [np.poly(POINTS)[::-1]]
+    weights = np.vander(POINTS, 3, increasing=True) / np.array(scales)[:, None]
+    outputs = np.vander(POINTS, SIDE, increasing=True)
+    return (
+        np.array(tiles),
+        np.vstack([weights, np.eye(3)[-1]]),
+        np.vstack([outputs, np.eye(SIDE)[-1]]).T,
+    )
+
+
+_tile, _weigh, _output = (combining(matrix) for matrix in _transforms())
+
+_features = config.CPU_FEATURES  # what numba was told, where it was told
+WIDE = "+avx512f" in _features if _features else get_host_cpu_features().get("avx512f", False)
+"""Whether 24 vectors of sums stay in registers beside their factors; else six do, in halves."""
+SUMS = 24 if WIDE else 6
+"""Vectors in a block of sums: as many tiles as it has rows, by its width in vectors of channels."""
+_one, _two, _three = (blocks(SUMS // width, width) for width in (1, 2, 3))
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    """As `fullres.ops.convolution` has it, of a channels-last map in float32.
+
+    From at least `LANES` channels to at least as many.
+    """
+    batch, channels, height, width = x.shape
+    outs = len(weight)
+    shape = (batch, outs, height + 2 * padding - 2, width + 2 * padding - 2)
+    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    start = torch.zeros(outs) if bias is None else bias.detach().contiguous()
+    widths = _widths(-(-outs // LANES))
+    threads = torch.get_num_threads()
+
+    taps = weight.detach().permute(2, 3, 1, 0).flatten().numpy()
+    factors = torch.empty(PLANES * _apart(channels * sum(widths) * LANES)).numpy()
+    spread(
+        [
+            (_transformed, taps, channels, outs, widths, factors, *run)
+            for run in split(channels, threads)
+        ]
+    )
+    run = 24 if channels + outs <= 256 else 48  # divided by the rows of any block
+    across, down = -(-shape[3] // SIDE), -(-shape[2] // SIDE)
+    runs = split(-(-across * down // run), 4 * threads)
+    source, target = _rows(x), _rows(out)
+    spread(
+        [
+            (
+                _convolved,
+                *(source[b], channels, padding, target[b], start.numpy()),
+                *(factors, widths, run, first * run, min(last * run, across * down)),
+            )
+            for b in range(batch)
+            for first, last in runs
+        ]
+    )
+    return out
+
+
+def _rows(x: Tensor) -> Any:
+    """(B, H, W * C)."""
+    return x.detach().permute(0, 2, 3, 1).flatten(2).numpy()
+
+
+def _widths(vectors: int) -> Any:
+    """Widths of blocks that hold so many vectors: two each where registers are many, one three."""
+    count = max(vectors // 2, 1) if WIDE else vectors
+    return np.array([last - first for first, last in split(vectors, count)])
+
+
+@_jit
+def _apart(length):
+    """From plane to plane of so many values: an odd number of vectors, lest a value's places in all
+    planes be places in cache of the same few lines.
+    """
+    vectors = -(-length // LANES)
+    return (vectors + 1 - vectors % 2) * LANES
+
+
+@_jit
+def _room(length):
+    """Zeros whose first begins a line of cache, so that vectors lie in one line, not in two."""
+    room = np.zeros(length + LANES, np.float32)
+    skipped = -(room.ctypes.data // room.itemsize) % LANES
+    return room[skipped : skipped + length]
+
+
+# Where channels are no multiple of a vector, the last vector holds some of the one before again.
+
+
+@_jit
+def _transformed(taps, channels, outs, widths, factors, first, last):
+    """Transform the weights (3, 3, C, K) of a run of channels, to be read by blocks of sums.
+
+    Those of a plane lie together, in them those of a block, in them those of a channel.
+    """
+    room, nothing = _room(3 * TILE * LANES), zeros()
+    plane = _apart(channels * widths.sum() * LANES)
+    for c in range(first, last):
+        begin = 0
+        for width in widths:
+            for n in range(width):
+                at = c * outs + min((begin + n) * LANES, outs - LANES)
+                to = begin * channels * LANES + (c * width + n) * LANES
+                for r in range(3):
+                    row = at + 3 * r * channels * outs
+                    _weigh(taps, row, channels * outs, room, r * TILE * LANES, LANES, nothing)
+                for j in range(TILE):
+                    at_j, to_j = j * LANES, to + j * plane
+                    _weigh(room, at_j, TILE * LANES, factors, to_j, TILE * plane, nothing)
+            begin += width
+
+
+@_jit
+def _convolved(x, channels, padding, out, bias, factors, widths, run, first, last):
+    """Make a run of tiles, counted along the rows, of a result (H', W' * K) of rows (H, W * C)."""
+    outs = len(bias)
+    width, out_width = x.shape[1] // channels, out.shape[1] // outs
+    across = -(-out_width // SIDE)
+    tiles = _room(PLANES * _apart(run * channels))
+    sums = _room(PLANES * _apart(run * widths.sum() * LANES))
+    room = _room(PLANES * LANES)
+    pixels = _room(TILE * TILE * channels).reshape(TILE, -1)
+    results = _room(SIDE * SIDE * outs).reshape(SIDE, -1)
+    for begin in range(first, last, run):
+        count = min(run, last - begin)
+        for n in range(count):
+            top, left = divmod(begin + n, across)
+            top, left = top * SIDE - padding, left * SIDE - padding
+            if min(top, left) >= 0 and top + TILE <= len(x) and left + TILE <= width:
+                _take(x, top, left, channels, tiles, n, run, room)
+            else:
+                _cut(x, top, left, channels, pixels)
+                _take(pixels, 0, 0, channels, tiles, n, run, room)
+        _multiply(tiles, channels, factors, widths, sums, run, count)
+        for n in range(count):
+            top, left = divmod(begin + n, across)
+            top, left = top * SIDE, left * SIDE
+            if top + SIDE <= len(out) and left + SIDE <= out_width:
+                _give(sums, n, run, bias, out, top, left, room)
+            else:
+                _give(sums, n, run, bias, results, 0, 0, room)
+                for r in range(top, min(top + SIDE, len(out))):
+                    for c in range(left * outs, min(left + SIDE, out_width) * outs):
+                        out[r, c] = results[r - top, c - left * outs]
+
+
+@_jit
+def _cut(x, top, left, channels, pixels):
+    """Take the pixels of a tile, zeros where it is outside of the map."""
+    pixels[:] = 0
+    for r in range(max(top, 0), min(top + TILE, len(x))):
+        for c in range(max(left * channels, 0), min((left + TILE) * channels, x.shape[1])):
+            pixels[r - top, c - left * channels] = x[r, c]
+
+
+@_jit
+def _take(x, top, left, channels, tiles, n, run, room):
+    """Transform the tile with this corner to the n-th values of every plane."""
+    row, plane, nothing = x.shape[1], _apart(run * channels), zeros()
+    source = x.reshape(-1)
+    for begin in range(0, channels, LANES):
+        c = min(begin, channels - LANES)
+        at, to = top * row + left * channels + c, n * channels + c
+        for r in range(TILE):
+            _tile(source, at + r * row, channels, room, r * TILE * LANES, LANES, nothing)
+        for j in range(TILE):
+            _tile(room, j * LANES, TILE * LANES, tiles, to + j * plane, TILE * plane, nothing)
+
+
+@_jit
+def _multiply(tiles, channels, factors, widths, sums, run, count):
+    """In every plane, multiply values (tiles, channels) by factors (channels, outputs)."""
+    vectors = widths.sum()
+    for plane in range(PLANES):
+        begin = 0
+        at = plane * _apart(run * channels)
+        for width in widths:
+            by = plane * _apart(channels * vectors * LANES) + begin * channels * LANES
+            to = plane * _apart(run * vectors * LANES) + begin * LANES
+            place = at, by, to
+            if width == 3:
+                _fill(_three(), 3, tiles, channels, factors, sums, vectors, count, place)
+            elif width == 2:
+                _fill(_two(), 2, tiles, channels, factors, sums, vectors, count, place)
+            else:
+                _fill(_one(), 1, tiles, channels, factors, sums, vectors, count, place)
+            begin += width
+
+
+@_jit
+def _fill(nothing, width, tiles, channels, factors, sums, vectors, count, place):
+    """Fill blocks of sums, as wide as `nothing`, for a number of tiles."""
+    at, by, to = place
+    for n in range(0, count, SUMS // width):
+        block = nothing
+        for c in range(channels):
+            values, row = at + n * channels + c, by + c * width * LANES
+            block = add_outer(block, tiles, values, channels, factors, row)
+        store_block(sums, to + n * vectors * LANES, vectors * LANES, block)
+
+
+@_jit
+def _give(sums, n, run, bias, out, top, left, room):
+    """Transform the n-th sums of every plane to the outputs of the tile with this corner."""
+    outs, nothing = len(bias), zeros()
+    whole = -(-outs // LANES) * LANES
+    row, plane, target = out.shape[1], _apart(run * whole), out.reshape(-1)
+    for begin in range(0, whole, LANES):
+        k = min(begin, outs - LANES)
+        at, to = n * whole + begin, top * row + left * outs + k
+        for i in range(TILE):
+            at_i = at + i * TILE * plane
+            _output(sums, at_i, plane, room, i * SIDE * LANES, LANES, nothing)
+        start = load(bias, k)
+        for j in range(SIDE):
+            _output(room, j * LANES, SIDE * LANES, target, to + j * outs, row, start)

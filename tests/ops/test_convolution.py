@@ -1,0 +1,226 @@
+"""Convolution by minimal filtering agrees with direct sums in float64, whatever the sizes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from fullres.networks.layers import Conv2d
+from fullres.ops import convolution as dispatch
+from fullres.ops import winograd_cpu
+from fullres.ops.convolution import convolution
+
+EPS = torch.finfo(torch.float32).eps
+LARGE = (1, 48, 80, 96)
+"""A shape that the kernel serves."""
+
+
+def drawn(shape, outs, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(outs, shape[1], 3, 3, generator=generator)
+    return x, weight, torch.randn(outs, generator=generator)
+
+
+def bound(x, weight):
+    """What rounding may add: some units in the last place of the largest sum there could be."""
+    return 4 * EPS * x.abs().max() * weight.abs().sum((1, 2, 3)).max()
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    channels=st.integers(16, 150),
+    outs=st.integers(16, 150),
+    height=st.integers(1, 30),
+    width=st.integers(1, 45),
+    padding=st.integers(0, 1),
+    biased=st.booleans(),
+    offset=st.sampled_from([0.0, 30.0]),
+    scale=st.sampled_from([1e-20, 1.0, 1e20]),
+)
+@torch.no_grad()
+def test_agrees_with_float64(batch, channels, outs, height, width, padding, biased, offset, scale):
+    height, width = (max(side, 3 - 2 * padding) for side in (height, width))
+    x, weight, bias = drawn((batch, channels, height, width), outs, seed=height * width)
+    x, bias = (x + offset) * scale, bias * scale if biased else None
+    found = winograd_cpu.convolve(x, weight, bias, padding)
+    exact = F.conv2d(
+        x.double(), weight.double(), None if bias is None else bias.double(), padding=padding
+    )
+    assert found.shape == exact.shape
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert (found - exact).abs().max() <= bound(x, weight)
+
+
+@torch.no_grad()
+def test_rounding_is_near_that_of_direct_sums():
+    x, weight, bias = drawn((1, 64, 96, 96), 64)
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    direct, found = (
+        (convolve(x, weight, bias, padding=1) - exact).square().mean().sqrt()
+        for convolve in (F.conv2d, winograd_cpu.convolve)
+    )
+    assert found <= 2.5 * direct
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_picture_is_convolved_alike_in_any_company(threads):
+    x, weight, bias = drawn((3, 40, 50, 61), 33)
+    together = winograd_cpu.convolve(x, weight, bias, 1)
+    used = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        alone = [winograd_cpu.convolve(one[None], weight, bias, 1) for one in x]
+    finally:
+        torch.set_num_threads(used)
+    assert torch.equal(torch.cat(alone), together)
+
+
+@torch.no_grad()
+def test_what_is_not_finite_reaches_its_tiles_only():
+    x, weight, bias = drawn((1, 16, 40, 40), 16)
+    clean = winograd_cpu.convolve(x, weight, bias, 1)
+    x[0, 3, 20, 17] = torch.nan
+    found = winograd_cpu.convolve(x, weight, bias, 1)
+    assert found[..., 19:22, 16:19].isnan().all()
+    near = torch.zeros(40, 40, dtype=torch.bool)
+    near[16:24, 12:24] = True
+    assert torch.equal(found[..., ~near], clean[..., ~near])
+
+
+@pytest.mark.parametrize(
+    ("kind", "served"),
+    [
+        ("large", True),
+        ("few channels", False),
+        ("few pixels", False),
+        ("bfloat16", False),
+        ("float64", False),
+        ("rows of channels", False),
+        ("5 × 5", False),
+        ("padded by 2", False),
+        ("derived", False),
+        ("meta", False),
+    ],
+)
+def test_what_the_kernel_serves(monkeypatch, kind, served):
+    x, weight, bias = drawn(LARGE, 40)
+    padding = 1
+    if kind == "few channels":
+        x, weight = x[:, :31].contiguous(memory_format=torch.channels_last), weight[:, :31]
+    elif kind == "few pixels":
+        x = x[..., :12, :].contiguous(memory_format=torch.channels_last)
+    elif kind in ("bfloat16", "float64"):
+        x, weight, bias = (t.to(getattr(torch, kind)) for t in (x, weight, bias))
+    elif kind == "rows of channels":
+        x = x.contiguous()
+    elif kind == "5 × 5":
+        weight = F.pad(weight, (1, 1, 1, 1))
+    elif kind == "padded by 2":
+        padding = 2
+    elif kind == "derived":
+        weight.requires_grad_()
+    elif kind == "meta":
+        x, weight, bias = (t.to("meta") for t in (x, weight, bias))
+    calls = []
+    kernel = winograd_cpu.convolve
+    monkeypatch.setattr(
+        winograd_cpu, "convolve", lambda *given: calls.append(given) or kernel(*given)
+    )
+    with torch.set_grad_enabled(kind == "derived"):
+        found = convolution(x, weight, bias, padding)
+        expected = F.conv2d(x, weight, bias, padding=padding)
+    assert bool(calls) == served
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    assert found.requires_grad == (kind == "derived")
+    if kind != "meta":
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_types_must_agree_as_for_torch():
+    x, weight, bias = drawn(LARGE, 40)
+    with pytest.raises(RuntimeError):
+        convolution(x, weight.double(), bias)
+
+
+def test_traces():
+    x, weight, bias = drawn(LARGE, 40)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        shape = convolution(torch.empty(LARGE), weight, bias, padding=1).shape
+    assert shape == (1, 40, 80, 96)
+    with torch.no_grad():
+        compiled = torch.compile(convolution, backend="eager", fullgraph=True)
+        torch.testing.assert_close(
+            compiled(x, weight, bias, 1), F.conv2d(x, weight, bias, padding=1)
+        )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3},
+        {"kernel_size": 3, "padding": 1, "bias": False},
+        {"kernel_size": 3, "padding": 1, "stride": 2},
+        {"kernel_size": 3, "padding": 1, "dilation": 2},
+        {"kernel_size": 3, "padding": 1, "groups": 8},
+        {"kernel_size": 3, "padding": "same"},
+        {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+        {"kernel_size": 3, "padding": (0, 1)},
+        {"kernel_size": (1, 3), "padding": (0, 1)},
+        {"kernel_size": 1},
+    ],
+    ids=str,
+)
+def test_the_layer_is_that_of_torch(settings):
+    torch.manual_seed(0)
+    ours = Conv2d(48, 40, **settings)
+    theirs = nn.Conv2d(48, 40, **settings)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(LARGE).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    assert repr(ours) == repr(theirs)
+
+
+@torch.no_grad()
+def test_the_layer_takes_a_picture_without_a_batch():
+    layer = Conv2d(48, 40, 3, padding=1)
+    assert layer(torch.randn(LARGE[1:])).shape == (40, 80, 96)
+
+
+def test_narrow_registers(tmp_path):
+    """The blocks of processors without AVX-512, compiled for one, on whatever runs this."""
+    code = """
+        import torch
+        import torch.nn.functional as F
+        from fullres.ops import winograd_cpu
+        assert not winograd_cpu.WIDE
+        x = torch.randn(1, 50, 9, 11).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(70, 50, 3, 3)
+        found = winograd_cpu.convolve(x, weight, None, 1)
+        exact = F.conv2d(x.double(), weight.double(), padding=1)
+        assert (found - exact).abs().max() < 1e-3, (found - exact).abs().max()
+    """
+    lines = "\n".join(line.strip() for line in code.strip().splitlines())
+    told = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+sse2"}
+    told["NUMBA_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", lines], env=os.environ | told, check=False)
+    assert done.returncode == 0
+
+
+def test_thresholds_leave_vectors_full():
+    assert dispatch.CHANNELS >= winograd_cpu.LANES
