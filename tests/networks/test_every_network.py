@@ -21,6 +21,7 @@ from skimage import data
 from torch import Tensor, nn
 
 import fullres as fr
+from fullres.errors import ConversionError
 from fullres.io.image import open_image
 from fullres.networks.catalog import create_network, networks, open_network
 from fullres.networks.spec import Network, Spec
@@ -275,6 +276,24 @@ def test_exports(case):
     x = picture(network.spec, 26, 25)
     exported = torch.export.export(network.module, (x,)).module()
     assert_close(exported(x), network.module(x))
+
+
+@both
+@cases(first_only=True)
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")
+def test_traces(case, local):
+    network = made(case, local)
+    x, other = picture(network.spec, 26, 25, batch=2).split(1)
+    if network.spec.frames_lost is None:
+        network.module.to(memory_format=torch.channels_last)
+        x, other = (y.contiguous(memory_format=torch.channels_last) for y in (x, other))
+    if local and network.spec.architecture in ("ffanet", "spdnet"):  # layers of vectors, reshaped
+        with pytest.raises(ConversionError, match=r"torch\.export"):
+            torch.jit.trace(network.module, x)
+        return
+    traced = torch.jit.trace(network.module, x, check_trace=False)
+    assert_close(traced(other), network.module(other))
 
 
 # Local ----------------------------------------------------------------------------------------

@@ -156,12 +156,15 @@ def test_types_must_agree_as_for_torch():
         convolution(x, weight.double(), bias)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")
 def test_traces():
     x, weight, bias = drawn(LARGE, 40)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         shape = convolution(torch.empty(LARGE), weight, bias, padding=1).shape
     assert shape == (1, 40, 80, 96)
     with torch.no_grad():
+        traced = torch.jit.trace(lambda x: convolution(x, weight, bias, 1), torch.zeros_like(x))
+        torch.testing.assert_close(traced(x), F.conv2d(x, weight, bias, padding=1))
         compiled = torch.compile(convolution, backend="eager", fullgraph=True)
         torch.testing.assert_close(
             compiled(x, weight, bias, 1), F.conv2d(x, weight, bias, padding=1)

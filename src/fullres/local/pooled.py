@@ -23,9 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from fullres.errors import ConversionError
 from fullres.local.deferred import Head, Mean, layer_of
 from fullres.local.forms import Gives, Window
 from fullres.local.positions import ELEMENTWISE, at_all_positions, dense_again
+from fullres.ops.arrays import jit_traced, traced
 from fullres.ops.box import local_mean
 from fullres.ops.frames import Frame
 
@@ -133,7 +135,7 @@ class Pooled(Tensor):
     ) -> Pooled | None:
         """What a call on these values gives, if it is a layer that may wait or only reshapes."""
         vector = self.dim() == 2 or self.is_one_value()
-        if not vector or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not vector or torch.is_grad_enabled() or traced():
             return None
         if self.head is not None and getattr(func, "__name__", "") in _RESHAPES:
             shape = func(torch.empty(self.shape, device="meta"), *args[1:], **kwargs).shape
@@ -376,12 +378,19 @@ def pooled(
         gives: what that code takes. Where a graph is recorded maps are faster than vectors.
         shape: of the one statistic that it expects, (B, C, 1, 1) if None.
         defers: whether a mean may wait until it is used: nothing changes the map before.
+
+    Raises:
+        ConversionError: `torch.jit.trace` records a vector's layers.
     """
-    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    recorded = torch.is_grad_enabled() or traced()
     if gives == "map" or (gives == "either" and recorded):
         return statistic(x, window, replicate=True)
     if not recorded and defers and statistic is local_mean and shape is None:
         return Pooled.of_mean(x, window)
+    if jit_traced():
+        raise ConversionError(
+            "torch.jit.trace does not see what layers make of pooled values; torch.export does"
+        )
     values = statistic(x, window, replicate=recorded)
     size = (x.shape[2], x.shape[3])
     frame = Frame.whole(size) if recorded else Frame.of(size, window)

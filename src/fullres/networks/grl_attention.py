@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fullres.networks.layers import local_already, sharing
+from fullres.ops.arrays import traced
 from fullres.ops.stripes import anchored_attention, window_attention
 
 Size = tuple[int, int]
@@ -56,8 +57,8 @@ def relative_positions(window: Size, keys: Size, like: Tensor) -> Tensor:
     tensor([-1.0566, -0.7740,  0.0000,  0.7740,  1.0566])
     """
     # a tensor made while tracing, or a fake one, must not outlast the trace
-    traced = type(like) is not Tensor or torch.compiler.is_compiling()
-    positions = _relative_positions if traced else _kept_relative_positions
+    passing = type(like) is not Tensor or traced()
+    positions = _relative_positions if passing else _kept_relative_positions
     return positions(window, keys, like.dtype, like.device)
 
 

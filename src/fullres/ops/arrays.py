@@ -20,12 +20,22 @@ def spanned(x: Tensor) -> Tensor:
     return x.detach().as_strided((span,), (1,))
 
 
+def traced() -> bool:
+    """Whether a compiler or a tracer records what is computed: it sees calls of torch alone."""
+    return torch.compiler.is_compiling() or jit_traced()
+
+
+def jit_traced() -> bool:
+    """The same of `torch.jit.trace`, which has tensors for sizes."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def for_kernel(x: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...]) -> bool:
     """Whether a kernel for channels-last maps on the CPU may take a map, with other tensors.
 
     It has one of these types, and records no derivatives and no graph.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+    if traced() or type(x) is not Tensor or x.device.type != "cpu":
         return False
     given = (x, *others)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):

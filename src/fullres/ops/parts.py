@@ -18,6 +18,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.overrides import has_torch_function
 
+from fullres.ops.arrays import traced
+
 Place = tuple[EllipsisType, slice, slice]
 
 BUDGET = {"cpu": 2**24}
@@ -134,7 +136,7 @@ def split(x: Tensor, channels: int, halo: int) -> Iterator[Part]:
     budget = BUDGET.get(x.device.type, _ELSEWHERE)
     positions = max(budget // (channels * x.element_size()), 64)
     whole = height * width <= 2 * positions or torch.is_grad_enabled()
-    if whole or torch.compiler.is_compiling():
+    if whole or traced():
         yield Part(0, 0, height, width, (..., slice(0, height), slice(0, width)))
         return
     if halo:

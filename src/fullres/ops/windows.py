@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from fullres.ops.arrays import traced
 from fullres.ops.cells import gram, pairs, products, span_sums, squares, weigh, wide
 from fullres.ops.parts import Part, Place, room, split, taken
 
@@ -121,7 +122,7 @@ def projected_attention(
     """
     rows, columns = _axes(x, window, stride)
     cells = _Cells(_Axis.of(*rows), _Axis.of(*columns))
-    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    recorded = torch.is_grad_enabled() or traced()
     too_many = cells.number * len(weight) > x[:1, :1].numel()  # matrices larger than the map
     if recorded or too_many:
         y = transposed_attention(*project(x), temperature, window, stride)
@@ -254,7 +255,7 @@ def _axes(
     x: Tensor, window: Size | None, stride: int | Size | None
 ) -> tuple[tuple[tuple[int, ...], int, int], ...]:
     """Starts of the windows, their length and the length of the map, for rows and for columns."""
-    sides = (x.shape[-2], x.shape[-1])
+    sides = (int(x.shape[-2]), int(x.shape[-1]))  # a tracer has tensors there
     windows = sides if window is None else window
     strides = stride if isinstance(stride, tuple) else (stride, stride)
     return tuple(
