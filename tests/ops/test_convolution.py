@@ -210,8 +210,8 @@ def test_narrow_registers(tmp_path):
     code = """
         import torch
         import torch.nn.functional as F
-        from fullres.ops import winograd_cpu
-        assert not winograd_cpu.WIDE
+        from fullres.ops import products_cpu, winograd_cpu
+        assert not products_cpu.WIDE
         x = torch.randn(1, 50, 9, 11).contiguous(memory_format=torch.channels_last)
         weight = torch.randn(70, 50, 3, 3)
         found = winograd_cpu.convolve(x, weight, None, 1)

@@ -33,6 +33,10 @@ SUMS = 2**21
 """Bytes of sums that a job keeps: more would leave caches, fewer would part pixels."""
 
 
+FEW = 16
+"""Channels from which on a loop over them is worth while: whole vectors."""
+
+
 class Walk(NamedTuple):
     """Rows of windows that a job goes through one after the other."""
 
@@ -139,7 +143,7 @@ def _blocks(starts: Sequence[int], kh: int, parts: int) -> list[Run]:
 
 @_jit
 def _sum(x, place, first, last, sums):
-    column = sums[0]
+    column = sums[0].reshape(_lines(sums.shape[1:], place[2]))
     column[:] = 0.0
     channels = np.uintp(column.shape[1])
     for y in range(first, last):
@@ -172,11 +176,18 @@ def _sum_squares(x, place, first, last, sums):
 def _mean(x, out, place, target, shape, start, rows, down, sums):
     kh, kw = shape[:2]
     total = _slid(_together(sums)[0], kw)
-    moved = np.empty(total.shape[1])
+    moved, changes, moving = (
+        np.empty(total.shape[1]),
+        np.empty(sums.shape[2:]),
+        np.empty_like(total),
+    )
     for n in range(rows):
         i, leaves, enters = _turn(start, n, down, kh)
         if n > 0 or not down:
-            _next(x, place, leaves, enters, total, moved, np.uintp(kw))
+            if len(moved) < FEW:
+                _next_few(x, place, leaves, enters, total, changes, moving)
+            else:
+                _next(x, place, leaves, enters, total, moved, np.uintp(kw))
         _write(total, out, target, i, shape)
 
 
@@ -249,6 +260,33 @@ def _next(x, place, leaves, enters, total, moved, kw):
 
 
 @_jit
+def _next_few(x, place, leaves, enters, total, changes, moving):
+    """The same for few channels, which a loop of their own would not be worth."""
+    (old, step), (new, _) = _row(place, leaves), _row(place, enters)
+    channels, others = changes.shape[1], len(changes) - len(total)  # others of a window's columns
+    lines, length = _lines(changes.shape, step)
+    flat, sums, slid = changes.reshape(-1), total.reshape(-1), moving.reshape(-1)
+    for line in range(lines):
+        for c in range(length):
+            at = np.uintp(line) * step + np.uintp(c)
+            flat[line * length + c] = np.float64(x[new + at]) - np.float64(x[old + at])
+    slid[:channels] = 0.0
+    for j in range(others + 1):
+        for c in range(channels):
+            slid[c] += changes[j, c]
+    for i in range(channels, len(slid)):
+        slid[i] = slid[i - channels] + (flat[i + others * channels] - flat[i - channels])
+    for i in range(len(slid)):
+        sums[i] += slid[i]
+
+
+@_jit
+def _lines(shape, step):
+    """Pixels and channels of a row, as the fewest lines that lie without gaps and their length."""
+    return (1, shape[0] * shape[1]) if step == shape[1] else shape
+
+
+@_jit
 def _next_both(x, place, leaves, enters, pivot, total, square, moved, squares_moved, kw):
     """The same for sums of values and of their squares."""
     (old, step), (new, _) = _row(place, leaves), _row(place, enters)
@@ -282,9 +320,11 @@ def _write(total, out, target, i, shape):
     kh, kw, top, left = shape[:4]
     scale = 1 / (kh * kw)
     at, step = _row(target, top + i, left)
-    for j in range(np.uintp(total.shape[0])):
-        for c in range(np.uintp(total.shape[1])):
-            out[at + j * step + c] = total[j, c] * scale
+    lines, length = _lines(total.shape, step)
+    sums = total.reshape((lines, length))
+    for j in range(np.uintp(lines)):
+        for c in range(np.uintp(length)):
+            out[at + j * step + c] = sums[j, c] * scale
     _extend(out, target, i, shape, total.shape)
 
 

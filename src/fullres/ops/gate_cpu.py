@@ -1,7 +1,7 @@
 """Gates on the CPU: layers and product in one read and one write of the map.
 
 A job goes down rows of the map and makes the gates of a row from the pooled values once. Runs of
-positions pass the layers in the fastest cache, sixteen positions by sixteen channels in registers.
+positions pass the layers in the fastest cache.
 """
 
 from __future__ import annotations
@@ -20,21 +20,19 @@ from fullres.ops.gate import Layer
 from fullres.ops.lanes import (
     AHEAD,
     LANES,
-    add_block,
-    add_outer,
     load,
     multiply,
     prefetch,
     relu,
     sigmoid,
-    square,
     store,
 )
+from fullres.ops.products_cpu import ROWS, matmul, next_width
 from fullres.ops.threads import split, spread
 
 _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
-RUN = 32
+RUN = 2 * ROWS
 """Positions that pass the layers at a time."""
 _CONVOLUTION, _RELU, _SIGMOID = 0, 1, 2
 
@@ -147,15 +145,12 @@ def _layers(taken, rooms, steps, factors):
 
 @_jit
 def _convolve(run, given, before, after, factors, out):
-    for c in range(0, after, LANES):
-        for n in range(0, RUN, LANES):
-            sums = square()
-            for k in range(given):
-                at = (1 + k) * after + c
-                sums = add_outer(sums, run, n * before + k, before, factors, at)
-            for m in range(n, n + LANES):
-                store(out, m * after + c, load(factors, c))
-            add_block(out, n * after + c, after, sums)
+    begin = 0
+    while begin < after:
+        width = next_width((after - begin) // LANES)
+        weights, bias = (factors, after + begin, after), (factors, begin)
+        matmul(width, RUN, given, (run, 0, before), weights, bias, (out, begin, after))
+        begin += width * LANES
 
 
 @_jit

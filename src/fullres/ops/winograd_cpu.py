@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite.binding import get_host_cpu_features
-from numba import config, njit
+from numba import njit
 from torch import Tensor
 
-from fullres.ops.lanes import LANES, add_outer, blocks, combining, load, store_block, zeros
+from fullres.ops.lanes import LANES, combining, load, zeros
+from fullres.ops.products_cpu import matmul, next_width
 from fullres.ops.threads import split, spread
 
 _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
@@ -48,13 +48,6 @@ def _transforms() -> tuple[Any, Any, Any]:
 
 _tile, _weigh, _output = (combining(matrix) for matrix in _transforms())
 
-_features = config.CPU_FEATURES  # what numba was told, where it was told
-WIDE = "+avx512f" in _features if _features else get_host_cpu_features().get("avx512f", False)
-"""Whether 24 vectors of sums stay in registers beside their factors; else six do, in halves."""
-SUMS = 24 if WIDE else 6
-"""Vectors in a block of sums: as many tiles as it has rows, by its width in vectors of channels."""
-_one, _two, _three = (blocks(SUMS // width, width) for width in (1, 2, 3))
-
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     """As `fullres.ops.convolution` has it, of a channels-last map in float32.
@@ -66,18 +59,15 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Te
     shape = (batch, outs, height + 2 * padding - 2, width + 2 * padding - 2)
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     start = torch.zeros(outs) if bias is None else bias.detach().contiguous()
-    widths = _widths(-(-outs // LANES))
+    vectors = -(-outs // LANES)
     threads = torch.get_num_threads()
 
     taps = weight.detach().permute(2, 3, 1, 0).flatten().numpy()
-    factors = torch.empty(PLANES * _apart(channels * sum(widths) * LANES)).numpy()
+    factors = torch.empty(PLANES * _apart(channels * vectors * LANES)).numpy()
     spread(
-        [
-            (_transformed, taps, channels, outs, widths, factors, *run)
-            for run in split(channels, threads)
-        ]
+        [(_transformed, taps, channels, outs, factors, *run) for run in split(channels, threads)]
     )
-    run = 24 if channels + outs <= 256 else 48  # divided by the rows of any block
+    run = 24 if channels + outs <= 256 else 48
     across, down = -(-shape[3] // SIDE), -(-shape[2] // SIDE)
     runs = split(-(-across * down // run), 4 * threads)
     source, target = _rows(x), _rows(out)
@@ -86,7 +76,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Te
             (
                 _convolved,
                 *(source[b], channels, padding, target[b], start.numpy()),
-                *(factors, widths, run, first * run, min(last * run, across * down)),
+                *(factors, run, first * run, min(last * run, across * down)),
             )
             for b in range(batch)
             for first, last in runs
@@ -98,12 +88,6 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Te
 def _rows(x: Tensor) -> Any:
     """(B, H, W * C)."""
     return x.detach().permute(0, 2, 3, 1).flatten(2).numpy()
-
-
-def _widths(vectors: int) -> Any:
-    """Widths of blocks that hold so many vectors: two each where registers are many, one three."""
-    count = max(vectors // 2, 1) if WIDE else vectors
-    return np.array([last - first for first, last in split(vectors, count)])
 
 
 @_jit
@@ -127,16 +111,18 @@ def _room(length):
 
 
 @_jit
-def _transformed(taps, channels, outs, widths, factors, first, last):
-    """Transform the weights (3, 3, C, K) of a run of channels, to be read by blocks of sums.
+def _transformed(taps, channels, outs, factors, first, last):
+    """Transform the weights (3, 3, C, K) of a run of channels, to be read by blocks of products.
 
     Those of a plane lie together, in them those of a block, in them those of a channel.
     """
     room, nothing = _room(3 * TILE * LANES), zeros()
-    plane = _apart(channels * widths.sum() * LANES)
+    vectors = -(-outs // LANES)
+    plane = _apart(channels * vectors * LANES)
     for c in range(first, last):
         begin = 0
-        for width in widths:
+        while begin < vectors:
+            width = next_width(vectors - begin)
             for n in range(width):
                 at = c * outs + min((begin + n) * LANES, outs - LANES)
                 to = begin * channels * LANES + (c * width + n) * LANES
@@ -150,13 +136,13 @@ def _transformed(taps, channels, outs, widths, factors, first, last):
 
 
 @_jit
-def _convolved(x, channels, padding, out, bias, factors, widths, run, first, last):
+def _convolved(x, channels, padding, out, bias, factors, run, first, last):
     """Make a run of tiles, counted along the rows, of a result (H', W' * K) of rows (H, W * C)."""
     outs = len(bias)
     width, out_width = x.shape[1] // channels, out.shape[1] // outs
     across = -(-out_width // SIDE)
     tiles = _room(PLANES * _apart(run * channels))
-    sums = _room(PLANES * _apart(run * widths.sum() * LANES))
+    sums = _room(PLANES * _apart(run * -(-outs // LANES) * LANES))
     room = _room(PLANES * LANES)
     pixels = _room(TILE * TILE * channels).reshape(TILE, -1)
     results = _room(SIDE * SIDE * outs).reshape(SIDE, -1)
@@ -170,7 +156,7 @@ def _convolved(x, channels, padding, out, bias, factors, widths, run, first, las
             else:
                 _cut(x, top, left, channels, pixels)
                 _take(pixels, 0, 0, channels, tiles, n, run, room)
-        _multiply(tiles, channels, factors, widths, sums, run, count)
+        _multiply(tiles, channels, factors, outs, sums, run, count)
         for n in range(count):
             top, left = divmod(begin + n, across)
             top, left = top * SIDE, left * SIDE
@@ -207,35 +193,19 @@ def _take(x, top, left, channels, tiles, n, run, room):
 
 
 @_jit
-def _multiply(tiles, channels, factors, widths, sums, run, count):
+def _multiply(tiles, channels, factors, outs, sums, run, count):
     """In every plane, multiply values (tiles, channels) by factors (channels, outputs)."""
-    vectors = widths.sum()
+    vectors, nothing = -(-outs // LANES), np.zeros(3 * LANES, np.float32)
     for plane in range(PLANES):
+        values = tiles, plane * _apart(run * channels), channels
         begin = 0
-        at = plane * _apart(run * channels)
-        for width in widths:
-            by = plane * _apart(channels * vectors * LANES) + begin * channels * LANES
+        while begin < vectors:
+            width = next_width(vectors - begin)
+            weights = plane * _apart(channels * vectors * LANES) + begin * channels * LANES
             to = plane * _apart(run * vectors * LANES) + begin * LANES
-            place = at, by, to
-            if width == 3:
-                _fill(_three(), 3, tiles, channels, factors, sums, vectors, count, place)
-            elif width == 2:
-                _fill(_two(), 2, tiles, channels, factors, sums, vectors, count, place)
-            else:
-                _fill(_one(), 1, tiles, channels, factors, sums, vectors, count, place)
+            by = factors, weights, width * LANES
+            matmul(width, count, channels, values, by, (nothing, 0), (sums, to, vectors * LANES))
             begin += width
-
-
-@_jit
-def _fill(nothing, width, tiles, channels, factors, sums, vectors, count, place):
-    """Fill blocks of sums, as wide as `nothing`, for a number of tiles."""
-    at, by, to = place
-    for n in range(0, count, SUMS // width):
-        block = nothing
-        for c in range(channels):
-            values, row = at + n * channels + c, by + c * width * LANES
-            block = add_outer(block, tiles, values, channels, factors, row)
-        store_block(sums, to + n * vectors * LANES, vectors * LANES, block)
 
 
 @_jit
