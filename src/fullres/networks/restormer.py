@@ -14,7 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fullres.networks.layers import LayerNorm2d, local_already, pad_to_multiple, sharing, total
+from fullres.networks.layers import (
+    Conv2d,
+    LayerNorm2d,
+    local_already,
+    pad_to_multiple,
+    sharing,
+    total,
+)
 from fullres.networks.spec import Architecture, Spec, State, count
 from fullres.ops.depthwise import depthwise, depthwise_geglu
 from fullres.ops.parts import in_parts
@@ -192,7 +199,7 @@ class Resample(nn.Module):
 
     def __init__(self, channels: int, convolved: int, shuffle: nn.Module) -> None:
         super().__init__()
-        conv = nn.Conv2d(channels, convolved, 3, padding=1, bias=False)
+        conv = Conv2d(channels, convolved, 3, padding=1, bias=False)
         self.body = nn.Sequential(conv, shuffle)
 
     def forward(self, x: Tensor) -> Tensor:
