@@ -176,11 +176,8 @@ def _sum_squares(x, place, first, last, sums):
 def _mean(x, out, place, target, shape, start, rows, down, sums):
     kh, kw = shape[:2]
     total = _slid(_together(sums)[0], kw)
-    moved, changes, moving = (
-        np.empty(total.shape[1]),
-        np.empty(sums.shape[2:]),
-        np.empty_like(total),
-    )
+    moved = np.empty(total.shape[1])
+    changes, moving = np.empty(sums.shape[2:]), np.empty(total.shape)
     for n in range(rows):
         i, leaves, enters = _turn(start, n, down, kh)
         if n > 0 or not down:

@@ -23,7 +23,9 @@ _once = np.ones(1, np.float32)
 @_jit
 def next_width(vectors):
     """Width of the next block of columns in vectors, where so many vectors of columns are left."""
-    return 1 if not WIDE else vectors if vectors <= 3 else 2
+    if not WIDE:
+        return 1
+    return vectors if vectors <= 3 else 2
 
 
 @_jit

@@ -65,7 +65,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Te
     threads = torch.get_num_threads()
 
     taps = weight.detach().permute(2, 3, 1, 0).flatten().numpy()
-    factors = torch.empty(PLANES * _apart(channels * vectors * LANES)).numpy()
+    factors = torch.empty(PLANES, _apart(channels * vectors * LANES)).numpy()
     spread(
         [(_transformed, taps, channels, outs, factors, *run) for run in split(channels, threads)]
     )
@@ -119,8 +119,7 @@ def _transformed(taps, channels, outs, factors, first, last):
     Those of a plane lie together, in them those of a block, in them those of a channel.
     """
     room, nothing = _room(3 * TILE * LANES), zeros()
-    vectors = -(-outs // LANES)
-    plane = _apart(channels * vectors * LANES)
+    vectors, plane, target = -(-outs // LANES), factors.shape[1], factors.reshape(-1)
     for c in range(first, last):
         begin = 0
         while begin < vectors:
@@ -133,7 +132,7 @@ def _transformed(taps, channels, outs, factors, first, last):
                     _weigh(taps, row, channels * outs, room, r * TILE * LANES, LANES, nothing)
                 for j in range(TILE):
                     at_j, to_j = j * LANES, to + j * plane
-                    _weigh(room, at_j, TILE * LANES, factors, to_j, TILE * plane, nothing)
+                    _weigh(room, at_j, TILE * LANES, target, to_j, TILE * plane, nothing)
             begin += width
 
 
@@ -143,8 +142,8 @@ def _convolved(x, channels, padding, out, bias, factors, run, first, last):
     outs = len(bias)
     width, out_width = x.shape[1] // channels, out.shape[1] // outs
     across = -(-out_width // SIDE)
-    tiles = _room(PLANES * _apart(run * channels))
-    sums = _room(PLANES * _apart(run * -(-outs // LANES) * LANES))
+    tiles = _room(PLANES * _apart(run * channels)).reshape(PLANES, -1)
+    sums = _room(PLANES * _apart(run * -(-outs // LANES) * LANES)).reshape(PLANES, -1)
     room = _room(PLANES * LANES)
     pixels = _room(TILE * TILE * channels).reshape(TILE, -1)
     results = _room(SIDE * SIDE * outs).reshape(SIDE, -1)
@@ -154,18 +153,18 @@ def _convolved(x, channels, padding, out, bias, factors, run, first, last):
             top, left = divmod(begin + n, across)
             top, left = top * SIDE - padding, left * SIDE - padding
             if min(top, left) >= 0 and top + TILE <= len(x) and left + TILE <= width:
-                _take(x, top, left, channels, tiles, n, run, room)
+                _take(x, top, left, channels, tiles, n, room)
             else:
                 _cut(x, top, left, channels, pixels)
-                _take(pixels, 0, 0, channels, tiles, n, run, room)
-        _multiply(tiles, channels, factors, outs, sums, run, count)
+                _take(pixels, 0, 0, channels, tiles, n, room)
+        _multiply(tiles, channels, factors, outs, sums, count)
         for n in range(count):
             top, left = divmod(begin + n, across)
             top, left = top * SIDE, left * SIDE
             if top + SIDE <= len(out) and left + SIDE <= out_width:
-                _give(sums, n, run, bias, out, top, left, room)
+                _give(sums, n, bias, out, top, left, room)
             else:
-                _give(sums, n, run, bias, results, 0, 0, room)
+                _give(sums, n, bias, results, 0, 0, room)
                 for r in range(top, min(top + SIDE, len(out))):
                     for c in range(left * outs, min(left + SIDE, out_width) * outs):
                         out[r, c] = results[r - top, c - left * outs]
@@ -181,47 +180,46 @@ def _cut(x, top, left, channels, pixels):
 
 
 @_jit
-def _take(x, top, left, channels, tiles, n, run, room):
+def _take(x, top, left, channels, tiles, n, room):
     """Transform the tile with this corner to the n-th values of every plane."""
-    row, plane, nothing = x.shape[1], _apart(run * channels), zeros()
-    source = x.reshape(-1)
+    row, plane, nothing = x.shape[1], tiles.shape[1], zeros()
+    source, target = x.reshape(-1), tiles.reshape(-1)
     for begin in range(0, channels, LANES):
         c = min(begin, channels - LANES)
         at, to = top * row + left * channels + c, n * channels + c
         for r in range(TILE):
             _tile(source, at + r * row, channels, room, r * TILE * LANES, LANES, nothing)
         for j in range(TILE):
-            _tile(room, j * LANES, TILE * LANES, tiles, to + j * plane, TILE * plane, nothing)
+            _tile(room, j * LANES, TILE * LANES, target, to + j * plane, TILE * plane, nothing)
 
 
 @_jit
-def _multiply(tiles, channels, factors, outs, sums, run, count):
+def _multiply(tiles, channels, factors, outs, sums, count):
     """In every plane, multiply values (tiles, channels) by factors (channels, outputs)."""
     vectors, nothing = -(-outs // LANES), np.zeros(3 * LANES, np.float32)
     for plane in range(PLANES):
-        values = tiles, plane * _apart(run * channels), channels
         begin = 0
         while begin < vectors:
             width = next_width(vectors - begin)
-            weights = plane * _apart(channels * vectors * LANES) + begin * channels * LANES
-            to = plane * _apart(run * vectors * LANES) + begin * LANES
-            by = factors, weights, width * LANES
-            matmul(width, count, channels, values, by, (nothing, 0), (sums, to, vectors * LANES))
+            by = factors[plane], begin * channels * LANES, width * LANES
+            to = sums[plane], begin * LANES, vectors * LANES
+            matmul(width, count, channels, (tiles[plane], 0, channels), by, (nothing, 0), to)
             begin += width
 
 
 @_jit
-def _give(sums, n, run, bias, out, top, left, room):
+def _give(sums, n, bias, out, top, left, room):
     """Transform the n-th sums of every plane to the outputs of the tile with this corner."""
     outs, nothing = len(bias), zeros()
     whole = -(-outs // LANES) * LANES
-    row, plane, target = out.shape[1], _apart(run * whole), out.reshape(-1)
+    row, plane = out.shape[1], sums.shape[1]
+    source, target = sums.reshape(-1), out.reshape(-1)
     for begin in range(0, whole, LANES):
         k = min(begin, outs - LANES)
         at, to = n * whole + begin, top * row + left * outs + k
         for i in range(TILE):
             at_i = at + i * TILE * plane
-            _output(sums, at_i, plane, room, i * SIDE * LANES, LANES, nothing)
+            _output(source, at_i, plane, room, i * SIDE * LANES, LANES, nothing)
         start = load(bias, k)
         for j in range(SIDE):
             _output(room, j * LANES, SIDE * LANES, target, to + j * outs, row, start)
