@@ -178,9 +178,10 @@ class Squeezed(nn.Module):
 class Attention(nn.Module):
     """Squeeze and excitation as most write it, with one way to write the layers or the other."""
 
-    def __init__(self, channels, reduced, linear):
+    def __init__(self, channels, reduced, linear, residual):
         super().__init__()
         layer = nn.Linear if linear else partial(nn.Conv2d, kernel_size=1)
+        self.residual = residual
         self.first = nn.Conv2d(3, channels, 3, padding=1)
         self.pool = nn.AdaptiveAvgPool2d(1)
         layers = [layer(channels, reduced), nn.ReLU(True), layer(reduced, channels), nn.Sigmoid()]
@@ -190,14 +191,18 @@ class Attention(nn.Module):
     def forward(self, x):
         x = self.first(x)
         pooled = self.pool(x).flatten(1) if self.linear else self.pool(x)
-        return x * self.gate(pooled).view(*x.shape[:2], 1, 1)
+        weights = self.gate(pooled).view(*x.shape[:2], 1, 1)
+        if self.residual == "in place" and not torch.is_grad_enabled():
+            return torch.addcmul(x.flip(1), x, weights, out=x)
+        return torch.addcmul(x.flip(1), x, weights) if self.residual else x * weights
 
 
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("reduced", [4, 20, 32])
-def test_attention_is_the_same_in_compiled_kernels(reduced, linear):
+@pytest.mark.parametrize("residual", ["", "beside", "in place"])
+def test_attention_is_the_same_in_compiled_kernels(reduced, linear, residual):
     torch.manual_seed(0)
-    net = Attention(32, reduced, linear)
+    net = Attention(32, reduced, linear, residual)
     x = torch.rand(2, 3, 40, 50)
     with convert(net.double(), Local(train_size=16)):
         exact = net(x.double())  # derivatives are recorded: torch's own operators

@@ -35,6 +35,11 @@ def test_products_need_no_extended_copy(dtype, memory_format, size, window):
     product = frame.scaled(x, inner)
     assert torch.equal(product, x * frame.extended(inner))
     assert product.stride() == x.stride()
+    plus = torch.rand(x.shape, dtype=dtype)
+    wanted = torch.addcmul(plus, x, frame.extended(inner))
+    torch.testing.assert_close(frame.scaled(x, inner, plus=plus), wanted)
+    torch.testing.assert_close(frame.scaled(x, inner, plus=plus, in_place=True), wanted)
+    torch.testing.assert_close(x, wanted)
 
 
 def test_other_types_are_extended_too():
@@ -47,4 +52,6 @@ def test_gradients_flow_through_products():
     frame = Frame.of((6, 5), (3, 2))
     x = torch.rand(1, 2, 6, 5, dtype=torch.float64, requires_grad=True)
     inner = torch.rand(1, 2, *frame.windows, dtype=torch.float64, requires_grad=True)
+    plus = torch.rand(1, 2, 6, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(frame.scaled, (x, inner))
+    assert torch.autograd.gradcheck(lambda x, i, p: frame.scaled(x, i, plus=p), (x, inner, plus))

@@ -15,12 +15,13 @@ def wide(layer):
     return Layer(weight, bias, layer.activation)
 
 
-def expected(x, inner, layers, frame):
+def expected(x, inner, layers, frame, plus=None):
     """In float64, every position by itself."""
     gate = inner.double()
     for layer in map(wide, layers):
         gate = layer(gate)
-    return x.double() * frame.extended(gate)
+    product = x.double() * frame.extended(gate)
+    return product if plus is None else product + plus.double()
 
 
 @st.composite
@@ -46,33 +47,37 @@ def heads(draw):
     st.integers(1, 2),
     st.booleans(),
     st.booleans(),
+    st.sampled_from([None, torch.channels_last, torch.contiguous_format]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_it_is_the_product_with_the_layers_at_every_position(
-    head, size, window, batch, in_place, pixels
+    head, size, window, batch, in_place, pixels, added
 ):
     channels, pooled, layers = head
     kind = torch.channels_last if pixels else torch.contiguous_format
     frame = Frame.of(size, window)
     x = torch.randn(batch, channels, *size).contiguous(memory_format=kind)
     inner = torch.randn(batch, pooled, *frame.windows).contiguous(memory_format=kind)
-    wanted = expected(x, inner, layers, frame)
+    plus = None if added is None else torch.randn_like(x).contiguous(memory_format=added)
+    wanted = expected(x, inner, layers, frame, plus)
     with torch.no_grad():
-        found = gated(x, inner, layers, frame, in_place=in_place)
+        found = gated(x, inner, layers, frame, plus=plus, in_place=in_place)
     assert (found is x) == in_place
     assert found.stride() == x.stride()
     assert (found - wanted).abs().max() <= 1e-5 * (1 + wanted.abs().max())
 
 
-def test_bfloat16_is_rounded_once():
+@pytest.mark.parametrize("added", [False, True])
+def test_bfloat16_is_rounded_once(added):
     frame = Frame.of((30, 50), (9, 11))
     x = torch.randn(1, 32, 30, 50).bfloat16().contiguous(memory_format=torch.channels_last)
     inner = torch.randn(1, 8, *frame.windows).bfloat16()
     inner = inner.contiguous(memory_format=torch.channels_last)
     layers = [Layer(torch.randn(32, 8).bfloat16()), Layer(activation="sigmoid")]
+    plus = torch.randn_like(x) if added else None
     with torch.no_grad():
-        found = gated(x, inner, layers, frame)
-    wanted = expected(x, inner, layers, frame)
+        found = gated(x, inner, layers, frame, plus=plus)
+    wanted = expected(x, inner, layers, frame, plus)
     assert found.dtype == torch.bfloat16
     assert ((found - wanted).abs() <= 2**-8 * wanted.abs() + 1e-30).all()
 
@@ -117,13 +122,19 @@ def test_large_layers_are_computed_by_themselves():
     assert (found - expected(x, inner, layers, frame)).abs().max() < 1e-5
 
 
-def test_derivatives_flow():
+@pytest.mark.parametrize("in_place", [False, True])
+def test_derivatives_flow(in_place):
     frame = Frame.of((6, 7), (3, 3))
     x = torch.randn(1, 16, 6, 7, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(16, 16, dtype=torch.float64, requires_grad=True)
 
-    def head(x, weight):
+    plus = torch.randn(1, 16, 6, 7, dtype=torch.float64, requires_grad=True)
+
+    def head(x, weight, plus=None):
         inner = local_mean(x, (3, 3), replicate=False)
-        return gated(x, inner, [Layer(weight), Layer(activation="sigmoid")], frame)
+        layers = [Layer(weight), Layer(activation="sigmoid")]
+        x = x.clone() if in_place else x
+        return gated(x, inner, layers, frame, plus=plus, in_place=in_place)
 
     assert torch.autograd.gradcheck(head, (x, weight))
+    assert torch.autograd.gradcheck(head, (x, weight, plus))

@@ -79,9 +79,9 @@ class Head:
         """What the layers give, (B, C', h, w)."""
         return layered(self._pooled(), self.layers)
 
-    def times(self, x: Tensor, frame: Frame, *, in_place: bool) -> Tensor:
-        """Its product with a map (B, C', H, W)."""
-        return gated(x, self._pooled(), self.layers, frame, in_place=in_place)
+    def times(self, x: Tensor, frame: Frame, plus: Tensor | None, *, in_place: bool) -> Tensor:
+        """Its product with a map (B, C', H, W), `plus` added to it."""
+        return gated(x, self._pooled(), self.layers, frame, plus=plus, in_place=in_place)
 
     def _pooled(self) -> Tensor:
         return self.pooled.values() if isinstance(self.pooled, Mean) else self.pooled

@@ -52,7 +52,7 @@ _POSITIONWISE = {
     "softplus", "exp", "dropout", "clone", "contiguous", "expand_as", "expand",
     "mul", "mul_", "__mul__", "__rmul__", "__imul__", "add", "add_", "__add__", "__radd__",
     "__iadd__", "sub", "sub_", "__sub__", "__rsub__", "__isub__", "div", "div_", "__truediv__",
-    "__rtruediv__", "__itruediv__",
+    "__rtruediv__", "__itruediv__", "addcmul",
 }  # fmt: skip
 
 _calls: ContextVar[list[str] | None] = ContextVar("calls on pooled values", default=None)
@@ -154,11 +154,11 @@ class Pooled(Tensor):
         shape = (self.shape[0], channels, *self.shape[2:])
         return self._put_off(head, self.frame, self, shape)
 
-    def times(self, x: Tensor, *, in_place: bool) -> Tensor:
-        """Product of a map (B, C, H, W) and the values of (B, C, 1, 1)."""
+    def times(self, x: Tensor, plus: Tensor | None, *, in_place: bool) -> Tensor:
+        """Product of a map (B, C, H, W) and the values of (B, C, 1, 1), `plus` added to it."""
         if self.head is None:
-            return self.frame.scaled(x, self.within(), in_place=in_place)
-        return self.head.times(x, self.frame, in_place=in_place)
+            return self.frame.scaled(x, self.within(), plus=plus, in_place=in_place)
+        return self.head.times(x, self.frame, plus, in_place=in_place)
 
     def is_one_value(self) -> bool:
         """Whether it looks like one value a channel, (B, C, 1, 1)."""
@@ -219,15 +219,27 @@ class Pooled(Tensor):
 def _product(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
-    """The product of a map and the pooled values of a map of its size, None of anything else."""
-    if func not in _PRODUCTS or kwargs or len(args) != 2:
+    """What a map times pooled values gives, with a map added or not; None of any other call."""
+    plus: Any = None
+    if func in _PRODUCTS and len(args) == 2 and not kwargs:
+        in_place = func in _PRODUCTS_IN_PLACE
+        x, values = reversed(args) if isinstance(args[0], Pooled) and not in_place else args
+    elif func is torch.addcmul and len(args) == 3 and kwargs.keys() <= {"out"}:
+        plus, x, values = args
+        in_place = kwargs.get("out") is x
+        if not in_place and kwargs.get("out") is not None:
+            return None
+    else:
         return None
-    in_place = func in _PRODUCTS_IN_PLACE
-    x, values = reversed(args) if isinstance(args[0], Pooled) and not in_place else args
-    if not isinstance(x, Tensor) or isinstance(x, Pooled) or not isinstance(values, Pooled):
+    if not isinstance(values, Pooled) or not values.is_one_value():
         return None
-    meet = x.dim() == 4 and tuple(x.shape[2:]) == values.positions and values.is_one_value()
-    return values.times(x, in_place=in_place) if meet else None
+    maps = (x,) if plus is None else (x, plus)
+    meet = all(_is_map(m) and tuple(m.shape[2:]) == values.positions for m in maps)
+    return values.times(x, plus, in_place=in_place) if meet else None
+
+
+def _is_map(x: Any) -> bool:
+    return isinstance(x, Tensor) and not isinstance(x, Pooled) and x.dim() == 4
 
 
 def _landed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

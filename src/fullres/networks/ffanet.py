@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fullres.networks.layers import Conv2d, product, total
+from fullres.networks.layers import Conv2d, product, total, weighted
 from fullres.networks.spec import Architecture, Spec, State, count
 
 REDUCTION = 8
@@ -37,15 +37,18 @@ class CALayer(nn.Module):
 
 
 class PALayer(nn.Module):
-    """Pixel attention: (B, C, H, W) to the same, weighted by position, in the same way."""
+    """Pixel attention: (B, C, H, W) to the same, weighted by position, in the same way.
+
+    With a map added, where one is given.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.pa = _attention(channels, channels // REDUCTION, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         weights: Tensor = self.pa(x)
-        return product(x, weights)
+        return product(x, weights) if plus is None else weighted(x, weights, plus)
 
 
 class Block(nn.Module):
@@ -61,7 +64,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = total(self.act1(self.conv1(x)), x)
-        return total(self.palayer(self.calayer(self.conv2(y))), x)
+        z: Tensor = self.palayer(self.calayer(self.conv2(y)), plus=x)
+        return z
 
 
 class Group(nn.Module):
@@ -146,7 +150,7 @@ class FFANet(nn.Module):
 
 def _attention(channels: int, squeezed: int, weights: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(channels, squeezed, 1),
+        Conv2d(channels, squeezed, 1),
         nn.ReLU(inplace=True),
         nn.Conv2d(squeezed, weights, 1),
         nn.Sigmoid(),

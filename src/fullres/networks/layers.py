@@ -15,7 +15,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Conv2d(nn.Conv2d):
-    """torch's convolution, faster where `fullres.ops.convolution` makes one of 3 × 3 faster.
+    """torch's convolution, faster where `fullres.ops.convolution` is.
 
     Shapes: (B, in_channels, H, W) to (B, out_channels, H', W'), memory format kept.
     """
@@ -53,6 +53,11 @@ def product(x: Tensor, y: Tensor) -> Tensor:
 def total(x: Tensor, y: Tensor) -> Tensor:
     """`x + y`, in the memory of `x`, which is of no further use, where nothing is derived."""
     return x + y if torch.is_grad_enabled() else x.add_(y)
+
+
+def weighted(x: Tensor, y: Tensor, plus: Tensor) -> Tensor:
+    """`x * y + plus`, in the memory of `x`, of no further use, where nothing is derived."""
+    return torch.addcmul(plus, x, y, out=None if torch.is_grad_enabled() else x)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

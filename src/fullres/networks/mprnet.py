@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fullres.networks.layers import Conv2d, pad_to_multiple, product, total
+from fullres.networks.layers import Conv2d, pad_to_multiple, total, weighted
 from fullres.networks.spec import Architecture, Spec, State, count
 
 MULTIPLE = 8
@@ -34,7 +34,7 @@ Features = tuple[Tensor, Tensor, Tensor]
 class ChannelAttention(nn.Module):
     """Squeeze and excitation: each channel times a weight that its pooled mean decides.
 
-    The map is multiplied in its own memory where nothing is derived.
+    And a map added to it, all in the memory of the first map where nothing is derived.
     """
 
     def __init__(self, channels: int, reduction: int, bias: bool) -> None:
@@ -48,9 +48,9 @@ class ChannelAttention(nn.Module):
             nn.Sigmoid(),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, plus: Tensor) -> Tensor:
         y: Tensor = self.conv_du(self.avg_pool(x))
-        return product(x, y)
+        return weighted(x, y, plus)
 
 
 class CAB(nn.Module):
@@ -73,7 +73,8 @@ class CAB(nn.Module):
         self.body = nn.Sequential(conv(channels, channels), act, conv(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return total(self.CA(self.body(x)), x)
+        y: Tensor = self.CA(self.body(x), plus=x)
+        return y
 
 
 class Down(nn.Module):
@@ -237,7 +238,7 @@ class SAM(nn.Module):
     def forward(self, x: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         restored: Tensor = self.conv2(x) + image
         gate = torch.sigmoid(self.conv3(restored))
-        return total(product(self.conv1(x), gate), x), restored
+        return weighted(self.conv1(x), gate, x), restored
 
 
 class MPRNet(nn.Module):

@@ -60,18 +60,27 @@ class Frame:
         positions = torch.arange(self.size[axis], device=device) - self.before[axis]
         return positions.clamp(0, self.windows[axis] - 1)
 
-    def scaled(self, x: Tensor, inner: Tensor, *, in_place: bool = False) -> Tensor:
-        """Product of a map (B, C, H, W) and the statistic (B, C, h, w) at every position."""
-        simple = x.shape[:2] == inner.shape[:2] and not (
-            torch.is_grad_enabled() and (x.requires_grad or inner.requires_grad)
-        )
-        if not simple or self.windows == self.size:
-            return x.mul_(self.extended(inner)) if in_place else x * self.extended(inner)
+    def scaled(
+        self, x: Tensor, inner: Tensor, *, plus: Tensor | None = None, in_place: bool = False
+    ) -> Tensor:
+        """Product of a map (B, C, H, W) and the statistic (B, C, h, w) at every position.
+
+        With a map `plus`, of the type of the product, added; written to `x` where `in_place`.
+        """
+        given = [x, inner] if plus is None else [x, inner, plus]
+        derived = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+        if derived or x.shape[:2] != inner.shape[:2] or self.windows == self.size:
+            y = self.extended(inner)
+            product = x.mul_(y) if in_place else x * y
+            return product if plus is None else product.add_(plus)
         out = x if in_place else torch.empty_like(x, dtype=torch.result_type(x, inner))
         for rows, rows_within in self._runs(0):
             for columns, columns_within in self._runs(1):
                 place, within = (..., rows, columns), (..., rows_within, columns_within)
-                torch.mul(x[place], inner[within], out=out[place])
+                if plus is None:
+                    torch.mul(x[place], inner[within], out=out[place])
+                else:
+                    torch.addcmul(plus[place], x[place], inner[within], out=out[place])
         return out
 
     def _runs(self, axis: int) -> Iterator[tuple[slice, slice]]:

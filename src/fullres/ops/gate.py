@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fullres.ops.arrays import for_kernel
+from fullres.ops.convolution import convolution
 from fullres.ops.frames import Frame
 
 Activation = Literal["relu", "sigmoid"]
@@ -41,7 +41,7 @@ class Layer:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.weight is not None:
-            return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+            return convolution(x, self.weight[:, :, None, None], self.bias)
         return x if self.activation is None else getattr(torch, self.activation)(x)
 
 
@@ -53,7 +53,13 @@ def layered(inner: Tensor, layers: Sequence[Layer]) -> Tensor:
 
 
 def gated(
-    x: Tensor, inner: Tensor, layers: Sequence[Layer], frame: Frame, *, in_place: bool = False
+    x: Tensor,
+    inner: Tensor,
+    layers: Sequence[Layer],
+    frame: Frame,
+    *,
+    plus: Tensor | None = None,
+    in_place: bool = False,
 ) -> Tensor:
     """Product of a map and what layers make of pooled values, at every position.
 
@@ -62,7 +68,8 @@ def gated(
         inner: pooled values (B, C, h, w) of the windows that the map contains, in the type of `x`.
         layers: take C channels, give C'.
         frame: how the windows stand for the positions of the map.
-        in_place: whether the product is written to `x`.
+        plus: map (B, C', H, W) in the type of `x` that is added to the product; None for none.
+        in_place: whether the result is written to `x`.
 
     Returns:
         (B, C', H, W), in the type and memory format of `x`; on the CPU computed in float32 or
@@ -71,16 +78,19 @@ def gated(
     while any(y.weight is not None and y.weight.numel() > LARGE for y in layers):
         inner, layers = layers[0](inner), layers[1:]
     channels = [inner.shape[1], *(len(y.weight) for y in layers if y.weight is not None)]
-    if x.shape[:2] == (len(inner), channels[-1]) and _serves(x, inner, layers):
+    if x.shape[:2] == (len(inner), channels[-1]) and _serves(x, inner, layers, plus):
         from fullres.ops import gate_cpu
 
-        return gate_cpu.gated(x, inner, layers, frame, x if in_place else torch.empty_like(x))
-    return frame.scaled(x, layered(inner, layers), in_place=in_place)
+        return gate_cpu.gated(x, inner, layers, frame, plus, x if in_place else torch.empty_like(x))
+    return frame.scaled(x, layered(inner, layers), plus=plus, in_place=in_place)
 
 
-def _serves(x: Tensor, inner: Tensor, layers: Sequence[Layer]) -> bool:
+def _serves(x: Tensor, inner: Tensor, layers: Sequence[Layer], plus: Tensor | None) -> bool:
     """Whether the kernel may take these."""
-    given = [inner, *(t for y in layers for t in (y.weight, y.bias) if t is not None)]
+    if plus is not None and (plus.shape != x.shape or plus.stride() != x.stride()):
+        return False
+    others = (plus, *(t for y in layers for t in (y.weight, y.bias)))
+    given = [inner, *(t for t in others if t is not None)]
     return (
         bool(layers)
         and x.numel() > 0

@@ -20,6 +20,7 @@ from fullres.ops.gate import Layer
 from fullres.ops.lanes import (
     AHEAD,
     LANES,
+    fma,
     load,
     multiply,
     prefetch,
@@ -27,7 +28,7 @@ from fullres.ops.lanes import (
     sigmoid,
     store,
 )
-from fullres.ops.products_cpu import ROWS, matmul, next_width
+from fullres.ops.products_cpu import ROWS, factors_of, pointwise
 from fullres.ops.threads import split, spread
 
 _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
@@ -37,18 +38,26 @@ RUN = 2 * ROWS
 _CONVOLUTION, _RELU, _SIGMOID = 0, 1, 2
 
 
-def gated(x: Tensor, inner: Tensor, layers: Sequence[Layer], frame: Frame, out: Tensor) -> Tensor:
+def gated(
+    x: Tensor,
+    inner: Tensor,
+    layers: Sequence[Layer],
+    frame: Frame,
+    plus: Tensor | None,
+    out: Tensor,
+) -> Tensor:
     """As `fullres.ops.gate` has it, of channels-last maps in float32 or bfloat16.
 
     The result is written to `out`.
     """
-    source, target = _rows(x), _rows(out)
-    values = _rows(inner.float().contiguous(memory_format=torch.channels_last))
+    source, target = _values(x), _values(out)
+    more = [None] * len(x) if plus is None else _values(plus)
+    values = _values(inner.float().contiguous(memory_format=torch.channels_last))
     steps, factors = _program(layers, inner.shape[1])
-    place = np.array((*frame.before, x.shape[1], inner.shape[1]))
+    place = np.array((*frame.before, *frame.windows, x.shape[3], x.shape[1], inner.shape[1]))
     spread(
         [
-            (_gated, source[b], values[b], target[b], steps, factors, place, *run)
+            (_gated, source[b], values[b], more[b], target[b], steps, factors, place, *run)
             for b in range(len(x))
             for run in split(x.shape[2], 4 * torch.get_num_threads())
         ]
@@ -56,127 +65,119 @@ def gated(x: Tensor, inner: Tensor, layers: Sequence[Layer], frame: Frame, out: 
     return out
 
 
-def _rows(x: Tensor) -> Any:
-    """(B, H, W * C)."""
-    return as_array(x.permute(0, 2, 3, 1).flatten(2))
+def _values(x: Tensor) -> Any:
+    """(B, H * W * C)."""
+    return as_array(x.permute(0, 2, 3, 1).flatten(1))
 
 
 def _program(layers: Sequence[Layer], channels: int) -> tuple[Any, Any]:
-    """Steps (what, channels, room for them, room after, place of factors), and all factors.
-
-    Those of a convolution are the bias, then a row of weights a channel before; the channels after
-    are filled up with zeros to whole vectors.
-    """
-    steps, factors = [], [torch.zeros(0)]
-    place, before = 0, _whole(channels)
+    """Steps (what, channels before, channels after, place of factors), and all factors."""
+    steps, factors, place = [], [np.zeros(0, np.float32)], 0
     for layer in layers:
-        what = {"relu": _RELU, "sigmoid": _SIGMOID}.get(layer.activation or "", _CONVOLUTION)
-        after, given = before, channels
+        given = channels
         if layer.weight is not None:
+            factors.append(factors_of(layer.weight, layer.bias))
             channels = len(layer.weight)
-            after = _whole(channels)
-            filled = torch.zeros(1 + given, after)
-            filled[1:, :channels] = layer.weight.mT
-            if layer.bias is not None:
-                filled[0, :channels] = layer.bias
-            factors.append(filled.flatten())
-        steps.append((what, given, before, after, place))
-        place, before = place + factors[-1].numel() * (what == _CONVOLUTION), after
-    return np.array(steps), torch.cat(factors).numpy()
+        what = {"relu": _RELU, "sigmoid": _SIGMOID}.get(layer.activation or "", _CONVOLUTION)
+        steps.append((what, given, channels, place))
+        place = sum(map(len, factors))
+    return np.array(steps), np.concatenate(factors)
 
 
-def _whole(channels: int) -> int:
-    return -(-channels // LANES) * LANES
-
-
-# The kernel takes the rows of one map, those of its pooled values, those of the result; the steps
-# and their factors; (rows above, columns left, channels, pooled channels); and its run of rows.
-# Vectors of one position may reach over its channels into those of the next, which come after.
+# The kernel takes the values of one map, its pooled values, what is added, or None, and the result;
+# the steps and their factors; (rows above, columns left, rows of windows, windows in a row, columns
+# of the map, channels, pooled channels); and its run of rows. Positions lie without gaps.
 
 
 @_jit
-def _gated(x, inner, out, steps, factors, place, first, last):
-    top, left, channels, pooled = place
-    windows = inner.shape[1] // pooled
-    gates = np.zeros(x.shape[1] + LANES, np.float32)
-    taken = np.zeros(RUN * steps[0, 2], np.float32)
-    rooms = np.zeros((2, RUN * steps[:, 3].max()), np.float32)
-    made = -1
-    for y in range(first, last):
-        row = min(max(y - top, 0), len(inner) - 1)
-        if row != made:
-            made = row
-            for begin in range(0, windows, RUN):
-                count = min(RUN, windows - begin)
-                _take(inner[row], begin, count, pooled, steps[0, 2], taken)
-                result = _layers(taken, rooms, steps, factors)
-                for n in range(count):
-                    _copy(result, n * steps[-1, 3], gates, (left + begin + n) * channels, channels)
-            _replicate(gates, left, windows, channels, x.shape[1])
-        _product(x[y], out[y], gates)
+def _gated(x, inner, plus, out, steps, factors, place, first, last):
+    top, left, rows, windows, width, channels, pooled = place
+    right, maps = left + windows, (x, plus, out, width)
+    rooms = np.zeros((2, RUN * max(pooled, steps[:, 2].max()) + LANES), np.float32)
+    same = np.zeros(RUN * channels + LANES, np.float32)
+    while first < last:
+        row = min(max(first - top, 0), rows - 1)
+        end = _alike(row, rows, top, first, last)
+        for begin in range(0, windows, RUN):
+            count = min(RUN, windows - begin)
+            at = (row * windows + begin) * pooled
+            rooms[0, : count * pooled] = inner[at : at + count * pooled]
+            gates = _layers(rooms, steps, factors)
+            _weigh(*maps, first, end, left + begin, count, channels, gates)
+            if begin == 0:
+                _repeat(gates, 0, channels, same)
+                for at in range(0, left, RUN):
+                    _weigh(*maps, first, end, at, min(RUN, left - at), channels, same)
+            if begin + count == windows:
+                _repeat(gates, (count - 1) * channels, channels, same)
+                for at in range(right, width, RUN):
+                    _weigh(*maps, first, end, at, min(RUN, width - at), channels, same)
+        first = end
 
 
 @_jit
-def _take(inner, begin, count, pooled, whole, taken):
-    """A run of pooled values, each in a place of whole vectors, whose ends stay zero."""
-    for n in range(count):
-        values = inner[(begin + n) * pooled : (begin + n + 1) * pooled]
-        place = taken[n * whole : n * whole + pooled]
-        for c in range(len(values)):
-            place[c] = values[c]
+def _alike(row, rows, top, first, last):
+    """The end of the rows that have the gates of the first, those of a row of windows."""
+    if row == rows - 1:
+        return last
+    return min(top + 1, last) if row == 0 else first + 1
 
 
 @_jit
-def _layers(taken, rooms, steps, factors):
-    """What the layers make of a run of positions, in one of the rooms."""
-    source = taken
+def _layers(rooms, steps, factors):
+    """What the layers make of a run of positions in the first room, in one of the rooms."""
+    here = 0
     for n in range(len(steps)):
-        what, given, before, after, place = steps[n]
-        target = rooms[n % 2]
+        what, given, channels, place = steps[n]
         if what == _CONVOLUTION:
-            _convolve(source, given, before, after, factors[place:], target)
+            by, out = factors[place:], rooms[1 - here]
+            pointwise(RUN, (rooms[here], 0), given, by, channels, (out, 0), None)
+            here = 1 - here
         else:
-            for at in range(0, RUN * before, LANES):
-                values = load(source, at)
-                store(target, at, relu(values) if what == _RELU else sigmoid(values))
-        source = target
-    return source
+            room = rooms[here]
+            for at in range(0, RUN * channels, LANES):
+                values = load(room, at)
+                store(room, at, relu(values) if what == _RELU else sigmoid(values))
+    return rooms[here]
 
 
 @_jit
-def _convolve(run, given, before, after, factors, out):
-    begin = 0
-    while begin < after:
-        width = next_width((after - begin) // LANES)
-        weights, bias = (factors, after + begin, after), (factors, begin)
-        matmul(width, RUN, given, (run, 0, before), weights, bias, (out, begin, after))
-        begin += width * LANES
+def _repeat(gates, at, channels, same):
+    """Repeat the gates of one position."""
+    for n in range(0, len(same) - LANES, channels):
+        same[n : n + channels] = gates[at : at + channels]
 
 
 @_jit
-def _copy(source, at, target, to, length):
-    for c in range(0, length, LANES):
-        store(target, to + c, load(source, at + c))
+def _weigh(x, plus, out, width, first, last, column, count, channels, gates):
+    """Weigh a run of positions in each of some rows by gates that are theirs in all of them."""
+    length = count * channels
+    whole = length - length % LANES
+    for y in range(first, last):
+        begin = (y * width + column) * channels
+        for at in range(0, whole, LANES):
+            prefetch(x, begin + at + AHEAD // x.itemsize)
+            store(out, begin + at, _weighed(x, plus, begin + at, gates, at))
+        if whole < length:
+            begin, end = begin + whole, begin + length
+            ends = _ends(x, begin, end)
+            if plus is None:
+                store(ends, 0, _weighed(ends, None, 0, gates, whole))
+            else:
+                store(ends, 0, _weighed(ends, _ends(plus, begin, end), 0, gates, whole))
+            out[begin:end] = ends[: end - begin]
 
 
 @_jit
-def _replicate(gates, left, windows, channels, length):
-    """Extend the gates of a row to the row's ends."""
-    begin, end = left * channels, (left + windows) * channels
-    for at in range(end, length, channels):
-        _copy(gates, end - channels, gates, at, channels)
-    for at in range(begin - channels, -1, -channels):
-        for c in range(channels):  # a vector would reach into gates that are there already
-            gates[at + c] = gates[begin + c]
+def _ends(x, begin, end):
+    """Values that fill no vector, with room for one."""
+    values = np.zeros(LANES, x.dtype)
+    values[: end - begin] = x[begin:end]
+    return values
 
 
 @_jit
-def _product(row, target, gates):
-    whole = len(row) - len(row) % LANES
-    for at in range(0, whole, LANES):
-        prefetch(row, at + AHEAD // row.itemsize)
-        store(target, at, multiply(load(row, at), load(gates, at)))
-    ends = np.zeros(LANES, row.dtype)
-    ends[: len(row) - whole] = row[whole:]
-    store(ends, 0, multiply(load(ends, 0), load(gates, whole)))
-    target[whole:] = ends[: len(row) - whole]
+def _weighed(x, plus, at, gates, gate):
+    if plus is None:
+        return multiply(load(x, at), load(gates, gate))
+    return fma(load(x, at), load(gates, gate), load(plus, at))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import torch
 from llvmlite.binding import get_host_cpu_features
 from numba import config, njit
+from torch import Tensor
 
-from fullres.ops.lanes import add_outer, blocks, store_block
+from fullres.ops.lanes import LANES, add_outer, blocks, prefetch, store_block
 
 _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
@@ -29,23 +33,24 @@ def next_width(vectors):
 
 
 @_jit
-def matmul(width, count, depth, a, b, start, out):
+def matmul(width, count, depth, a, b, start, out, soon):
     """Write the product of `a` (count, depth) and `b` (depth, width * LANES), plus a row, to `out`.
 
     A matrix is (array, place of its first value, from row to row), and the row that is added to
     every row (array, place of its first value); arrays are one-dimensional and hold float32. Rows
-    are computed, and written, up to the next multiple of `ROWS`.
+    are computed, and written, up to the next multiple of `ROWS`. Where `a` is not in cache it is
+    fetched `soon`, so many values ahead of its use; otherwise that is None.
     """
     if width == 3:
-        _fill(_three(), ROWS // 3, count, depth, a, b, start, out)
+        _fill(_three(), ROWS // 3, count, depth, a, b, start, out, soon)
     elif width == 2:
-        _fill(_two(), ROWS // 2, count, depth, a, b, start, out)
+        _fill(_two(), ROWS // 2, count, depth, a, b, start, out, soon)
     else:
-        _fill(_one(), ROWS, count, depth, a, b, start, out)
+        _fill(_one(), ROWS, count, depth, a, b, start, out, soon)
 
 
 @_jit
-def _fill(nothing, rows, count, depth, a, b, start, out):
+def _fill(nothing, rows, count, depth, a, b, start, out, soon):
     values, a_at, a_row = a
     factors, b_at, b_row = b
     sums, out_at, out_row = out
@@ -53,5 +58,40 @@ def _fill(nothing, rows, count, depth, a, b, start, out):
         block = add_outer(nothing, _once, 0, 0, start[0], start[1])
         for k in range(depth):
             at = a_at + n * a_row + k
+            if soon is not None:
+                prefetch(values, at + k * (rows - 1) + soon)
             block = add_outer(block, values, at, a_row, factors, b_at + k * b_row)
         store_block(sums, out_at + n * out_row, out_row, block)
+
+
+def factors_of(weight: Tensor, bias: Tensor | None) -> Any:
+    """What `pointwise` takes for a weight (C', C) and bias (C',).
+
+    The bias, then a row a channel before, filled up with zeros to whole vectors.
+    """
+    outs, channels = weight.shape
+    factors = torch.zeros(1 + channels, -(-outs // LANES) * LANES)
+    factors[1:, :outs] = weight.detach().mT
+    if bias is not None:
+        factors[0, :outs] = bias.detach()
+    return factors.flatten().numpy()
+
+
+@_jit
+def pointwise(count, x, channels, factors, outs, out, soon):
+    """Convolve so many positions by 1 × 1, rounded up to a multiple of `ROWS`.
+
+    Positions lie without gaps in (array, place of the first value), those before as those after. A
+    vector of the last is written whole. Positions are fetched as `matmul` has it.
+    """
+    values, at = x
+    results, to = out
+    vectors = -(-outs // LANES)
+    left = vectors
+    while left:
+        width = next_width(left)
+        left -= width
+        # from the last vectors to the first, which are written over what those reach over
+        by = factors, (vectors + left) * LANES, vectors * LANES
+        bias, target = (factors, left * LANES), (results, to + left * LANES, outs)
+        matmul(width, count, channels, (values, at, channels), by, bias, target, soon)

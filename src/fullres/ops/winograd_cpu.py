@@ -203,7 +203,7 @@ def _multiply(tiles, channels, factors, outs, sums, count):
             width = next_width(vectors - begin)
             by = factors[plane], begin * channels * LANES, width * LANES
             to = sums[plane], begin * LANES, vectors * LANES
-            matmul(width, count, channels, (tiles[plane], 0, channels), by, (nothing, 0), to)
+            matmul(width, count, channels, (tiles[plane], 0, channels), by, (nothing, 0), to, None)
             begin += width
 
 
