@@ -1,4 +1,4 @@
-"""Convolution by minimal filtering agrees with direct sums in float64, whatever the sizes."""
+"""Convolution by our kernels agrees with direct sums in float64, whatever the sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 from fullres.networks.layers import Conv2d
 from fullres.ops import convolution as dispatch
-from fullres.ops import winograd_cpu
+from fullres.ops import pointwise_cpu, winograd_cpu
 from fullres.ops.convolution import convolution
 
 EPS = torch.finfo(torch.float32).eps
@@ -60,6 +60,44 @@ def test_agrees_with_float64(batch, channels, outs, height, width, padding, bias
     assert found.shape == exact.shape
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert (found - exact).abs().max() <= bound(x, weight)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 150),
+    outs=st.integers(1, 100),
+    height=st.integers(1, 30),
+    width=st.integers(1, 45),
+    biased=st.booleans(),
+)
+@torch.no_grad()
+def test_one_by_one_agrees_with_float64(batch, channels, outs, height, width, biased):
+    x, weight, bias = drawn((batch, channels, height, width), outs, seed=height * width)
+    weight, bias = weight[:, :, 1:2, 1:2], bias if biased else None
+    found = pointwise_cpu.convolve(x, weight, bias)
+    exact = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double())
+    assert found.shape == exact.shape
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert (found - exact).abs().max() <= bound(x, weight)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("outs", "size", "served"),
+    [(8, 1024, True), (48, 1024, True), (49, 1024, False), (8, 99, False)],
+)
+def test_large_maps_to_few_channels_go_through_memory_once(monkeypatch, outs, size, served):
+    x = torch.randn(1, 16, size, 1024).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(outs, 16, 1, 1)
+    calls = []
+    kernel = pointwise_cpu.convolve
+    monkeypatch.setattr(
+        pointwise_cpu, "convolve", lambda *given: calls.append(given) or kernel(*given)
+    )
+    found = convolution(x, weight)
+    assert bool(calls) == served
+    torch.testing.assert_close(found, F.conv2d(x, weight), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -156,6 +194,19 @@ def test_types_must_agree_as_for_torch():
         convolution(x, weight.double(), bias)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("side", [1, 3])
+def test_shapes_must_agree_as_for_torch(monkeypatch, side):
+    monkeypatch.setattr(dispatch, "UNCACHED", 0)
+    x, weight, bias = drawn(LARGE, 40)
+    weight = weight[:, :, :side, :side]
+    for wrong in (weight[:, :40], torch.cat([weight, weight], 1), weight[None], weight[0]):
+        with pytest.raises(RuntimeError):
+            convolution(x, wrong, bias, padding=side // 2)
+    with pytest.raises(RuntimeError):
+        convolution(x, weight, bias[:39], padding=side // 2)
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")
 def test_traces():
     x, weight, bias = drawn(LARGE, 40)
@@ -210,13 +261,27 @@ def test_narrow_registers(tmp_path):
     code = """
         import torch
         import torch.nn.functional as F
-        from fullres.ops import products_cpu, winograd_cpu
+        from fullres.ops import pointwise_cpu, products_cpu, winograd_cpu
+        from fullres.ops.frames import Frame
+        from fullres.ops.gate import Layer, gated
+        torch.set_grad_enabled(False)
         assert not products_cpu.WIDE
         x = torch.randn(1, 50, 9, 11).contiguous(memory_format=torch.channels_last)
         weight = torch.randn(70, 50, 3, 3)
         found = winograd_cpu.convolve(x, weight, None, 1)
         exact = F.conv2d(x.double(), weight.double(), padding=1)
         assert (found - exact).abs().max() < 1e-3, (found - exact).abs().max()
+        weight = torch.randn(37, 50, 1, 1)
+        found = pointwise_cpu.convolve(x, weight, None)
+        exact = F.conv2d(x.double(), weight.double())
+        assert (found - exact).abs().max() < 1e-4, (found - exact).abs().max()
+        inner = torch.randn(1, 7, 4, 3).contiguous(memory_format=torch.channels_last)
+        layers = [Layer(torch.randn(50, 7)), Layer(activation="sigmoid")]
+        frame = Frame.of((9, 11), (6, 9))
+        gate = F.conv2d(inner.double(), layers[0].weight.double()[:, :, None, None]).sigmoid()
+        found = gated(x, inner, layers, frame, plus=x)
+        exact = x + x * frame.extended(gate)
+        assert (found - exact).abs().max() < 1e-5, (found - exact).abs().max()
     """
     lines = "\n".join(line.strip() for line in code.strip().splitlines())
     told = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+sse2"}

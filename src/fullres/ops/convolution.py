@@ -1,4 +1,4 @@
-"""Dense convolution, that of 3 × 3 by minimal filtering where it is faster."""
+"""Dense convolution: by kernels of ours where they are faster than torch's library."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from fullres.ops.arrays import for_kernel
 
 CHANNELS, PIXELS, VALUES = 32, 2**12, 2**18
 """So many channels, before and after, so many pixels and so many of both make transforms pay."""
+FEW, UNCACHED = 48, 2**24
+"""At most so many channels after, and at least so many values of the map, make a run through memory
+with the values fetched ahead pay."""
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: int = 0) -> Tensor:
@@ -26,23 +29,35 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: 
         float32 on the CPU go through our kernel for 3 × 3 weights, padded by 0 or 1, where no
         derivatives are recorded. Rounding adds about twice as much there as in direct sums, and a
         value that is not finite reaches all outputs of the 4 × 4 tiles that it has a part in.
+        Maps so large that memory is what 1 × 1 weights to few channels wait for go through another.
 
     >>> convolution(torch.ones(1, 1, 2, 3), torch.ones(1, 1, 3, 3), padding=1)
     tensor([[[[4., 6., 4.],
               [4., 6., 4.]]]])
     """
-    if not _served(x, weight, bias, padding):
-        return F.conv2d(x, weight, bias, padding=padding)
-    from fullres.ops import winograd_cpu
+    if _fits(x, weight, bias):
+        outs, channels = weight.shape[:2]
+        pixels = x.shape[2] * x.shape[3]
+        if weight.shape[2:] == (3, 3) and padding in (0, 1) and _large(min(outs, channels), pixels):
+            from fullres.ops import winograd_cpu
 
-    return winograd_cpu.convolve(x, weight, bias, padding)
+            return winograd_cpu.convolve(x, weight, bias, padding)
+        if weight.shape[2:] == (1, 1) and padding == 0 and outs <= FEW and x.numel() >= UNCACHED:
+            from fullres.ops import pointwise_cpu
+
+            return pointwise_cpu.convolve(x, weight, bias)
+    return F.conv2d(x, weight, bias, padding=padding)
 
 
-def _served(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> bool:
-    """Whether the kernel takes the map, and is faster."""
-    one_type = weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
-    if x.ndim != 4 or weight.shape[2:] != (3, 3) or padding not in (0, 1) or not one_type:
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether our kernels may take these."""
+    if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1]:
         return False
-    channels, pixels = min(weight.shape[:2]), x.shape[2] * x.shape[3]
-    large = channels >= CHANNELS and pixels >= PIXELS and channels * pixels >= VALUES
-    return large and for_kernel(x, weight, bias, dtypes=(torch.float32,))
+    others = (weight,) if bias is None else (weight, bias)
+    alike = all(t.dtype == x.dtype and len(t) == len(weight) for t in others)
+    return alike and for_kernel(x, *others, dtypes=(torch.float32,))
+
+
+def _large(channels: int, pixels: int) -> bool:
+    """Whether transforms pay."""
+    return channels >= CHANNELS and pixels >= PIXELS and channels * pixels >= VALUES

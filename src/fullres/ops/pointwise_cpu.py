@@ -1,0 +1,62 @@
+"""1 × 1 convolution to few channels on the CPU: one read of the map, fetched ahead of its use.
+
+There are too few products in it to wait for memory in between.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from fullres.ops.lanes import AHEAD, LANES
+from fullres.ops.products_cpu import ROWS, factors_of, pointwise
+from fullres.ops.threads import split, spread
+
+_jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
+
+RUN = 2 * ROWS if ROWS >= LANES else 8 * ROWS
+"""Positions that are convolved at a time."""
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As `fullres.ops.convolution` has it, of a channels-last map in float32."""
+    batch, channels, height, width = x.shape
+    outs = len(weight)
+    shape = (batch, outs, height, width)
+    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    factors = factors_of(weight[:, :, 0, 0], bias)
+    source, target = _values(x), _values(out)
+    positions = batch * height * width
+    runs = split(-(-positions // RUN), 4 * torch.get_num_threads())
+    spread(
+        [
+            (_convolved, source, channels, factors, outs, target, a * RUN, min(b * RUN, positions))
+            for a, b in runs
+        ]
+    )
+    return out
+
+
+def _values(x: Tensor) -> Any:
+    return x.detach().permute(0, 2, 3, 1).flatten().numpy()
+
+
+@_jit
+def _convolved(x, channels, factors, outs, out, first, last):
+    """Convolve the positions from `first` to `last`."""
+    ahead = AHEAD // x.itemsize
+    pixels = np.zeros(RUN * channels, np.float32)
+    results = np.zeros(RUN * outs + LANES, np.float32)
+    for begin in range(first, last, RUN):
+        source, target = (x, begin * channels), (out, begin * outs)
+        if last - begin >= RUN + LANES:  # what vectors reach over is this job's, and still to come
+            pointwise(RUN, source, channels, factors, outs, target, ahead)
+            continue
+        end = min(begin + RUN, last)
+        pixels[: (end - begin) * channels] = x[begin * channels : end * channels]
+        pointwise(RUN, (pixels, 0), channels, factors, outs, (results, 0), None)
+        out[begin * outs : end * outs] = results[: (end - begin) * outs]
