@@ -141,9 +141,10 @@ class FFANet(nn.Module):
             groups.append(x)
         # (B, gps * dim, 1, 1), or maps (B, gps * dim, H, W) where the pool is local
         weights: Tensor = self.ca(torch.cat(groups, 1))
-        x = groups[0] * weights[:, : x.shape[1]]
-        for group, weight in zip(groups[1:], weights.chunk(self.gps, 1)[1:], strict=True):
-            x = total(x, group * weight)
+        first, *others = weights.chunk(self.gps, 1)
+        x = product(groups[0], first)
+        for group, weight in zip(groups[1:], others, strict=True):
+            x = weighted(group, weight, plus=x)
         y: Tensor = self.post(self.palayer(x))
         return image + y
 
