@@ -161,6 +161,17 @@ def test_maps_of_another_size_are_refused():
         _ = pooled * Pooled(torch.rand(1, C, 1, 1, 4, 4))
 
 
+@torch.no_grad()
+def test_what_is_added_in_place_may_be_the_map_but_not_lie_half_over_it():
+    base = torch.rand(1, C, 9, 8).contiguous(memory_format=torch.channels_last)
+    x, plus = base[:, :, 1:], base[:, :, :-1]
+    pooled = Pooled(torch.rand(1, C, 1, 1, 8, 8))
+    with pytest.raises(RuntimeError, match="memory location"):
+        torch.addcmul(plus, x, pooled, out=x)
+    expected = x + x * pooled
+    torch.testing.assert_close(torch.addcmul(x, x, pooled, out=x), expected)
+
+
 class Squeezed(nn.Module):
     def __init__(self, in_place):
         super().__init__()

@@ -27,7 +27,7 @@ from fullres.errors import ConversionError
 from fullres.local.deferred import Head, Mean, layer_of
 from fullres.local.forms import Gives, Window
 from fullres.local.positions import ELEMENTWISE, at_all_positions, dense_again
-from fullres.ops.arrays import jit_traced, traced
+from fullres.ops.arrays import jit_traced, share_memory, traced
 from fullres.ops.box import local_mean
 from fullres.ops.frames import Frame
 
@@ -235,6 +235,8 @@ def _product(
         return None
     maps = (x,) if plus is None else (x, plus)
     meet = all(_is_map(m) and tuple(m.shape[2:]) == values.positions for m in maps)
+    if meet and in_place and plus is not None and share_memory(plus, x):
+        return None  # torch knows what may be written over
     return values.times(x, plus, in_place=in_place) if meet else None
 
 

@@ -20,6 +20,11 @@ def spanned(x: Tensor) -> Tensor:
     return x.detach().as_strided((span,), (1,))
 
 
+def share_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are views of the same memory."""
+    return bool(x.untyped_storage()._cdata == y.untyped_storage()._cdata)
+
+
 def traced() -> bool:
     """Whether a compiler or a tracer records what is computed: it sees calls of torch alone."""
     return torch.compiler.is_compiling() or jit_traced()

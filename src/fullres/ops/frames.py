@@ -65,7 +65,8 @@ class Frame:
     ) -> Tensor:
         """Product of a map (B, C, H, W) and the statistic (B, C, h, w) at every position.
 
-        With a map `plus`, of the type of the product, added; written to `x` where `in_place`.
+        With a map `plus`, of the type of the product, added; written to `x` where `in_place`, for
+        which `plus` has memory of its own.
         """
         given = [x, inner] if plus is None else [x, inner, plus]
         derived = torch.is_grad_enabled() and any(t.requires_grad for t in given)

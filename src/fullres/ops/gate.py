@@ -68,7 +68,8 @@ def gated(
         inner: pooled values (B, C, h, w) of the windows that the map contains, in the type of `x`.
         layers: take C channels, give C'.
         frame: how the windows stand for the positions of the map.
-        plus: map (B, C', H, W) in the type of `x` that is added to the product; None for none.
+        plus: map (B, C', H, W) in the type of `x`, with memory of its own if `in_place`, that is
+            added to the product; None for none.
         in_place: whether the result is written to `x`.
 
     Returns:

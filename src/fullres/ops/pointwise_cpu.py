@@ -13,13 +13,13 @@ from numba import njit
 from torch import Tensor
 
 from fullres.ops.lanes import AHEAD, LANES
-from fullres.ops.products_cpu import ROWS, factors_of, pointwise
+from fullres.ops.products_cpu import factors_of, pointwise
 from fullres.ops.threads import split, spread
 
 _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
-RUN = 2 * ROWS if ROWS >= LANES else 8 * ROWS
-"""Positions that are convolved at a time."""
+RUN = 48
+"""Positions that are convolved at a time, a multiple of `products_cpu.ROWS`, at least `LANES`."""
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
