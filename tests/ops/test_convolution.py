@@ -101,6 +101,16 @@ def test_large_maps_to_few_channels_go_through_memory_once(monkeypatch, outs, si
 
 
 @torch.no_grad()
+def test_company_does_not_decide_which_kernel_serves(monkeypatch):
+    x = torch.randn(3, 16, 50, 61).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(5, 16, 1, 1)
+    for threshold in (x[0].numel(), x[0].numel() + 1):
+        monkeypatch.setattr(dispatch, "UNCACHED", threshold)
+        alone = torch.cat([convolution(one[None], weight) for one in x])
+        assert torch.equal(convolution(x, weight), alone)
+
+
+@torch.no_grad()
 def test_rounding_is_near_that_of_direct_sums():
     x, weight, bias = drawn((1, 64, 96, 96), 64)
     exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)

@@ -14,6 +14,11 @@ def as_array(x: Tensor) -> Any:
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
+def as_rows(x: Tensor) -> Any:
+    """A channels-last map as an array of its rows, (B, H, W * C)."""
+    return as_array(x.permute(0, 2, 3, 1).flatten(2))
+
+
 def spanned(x: Tensor) -> Tensor:
     """The memory that a tensor spans, from its first element to its last, in one dimension."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))

@@ -11,8 +11,8 @@ from fullres.ops.arrays import for_kernel
 CHANNELS, PIXELS, VALUES = 32, 2**12, 2**18
 """So many channels, before and after, so many pixels and so many of both make transforms pay."""
 FEW, UNCACHED = 48, 2**24
-"""At most so many channels after, and at least so many values of the map, make a run through memory
-with the values fetched ahead pay."""
+"""At most so many channels after, and at least so many values of a picture's map, make it pay to
+fetch values ahead."""
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: int = 0) -> Tensor:
@@ -29,7 +29,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: 
         float32 on the CPU go through our kernel for 3 × 3 weights, padded by 0 or 1, where no
         derivatives are recorded. Rounding adds about twice as much there as in direct sums, and a
         value that is not finite reaches all outputs of the 4 × 4 tiles that it has a part in.
-        Maps so large that memory is what 1 × 1 weights to few channels wait for go through another.
+        1 × 1 weights to few channels have another, for maps larger than caches.
 
     >>> convolution(torch.ones(1, 1, 2, 3), torch.ones(1, 1, 3, 3), padding=1)
     tensor([[[[4., 6., 4.],
@@ -42,7 +42,12 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: 
             from fullres.ops import winograd_cpu
 
             return winograd_cpu.convolve(x, weight, bias, padding)
-        if weight.shape[2:] == (1, 1) and padding == 0 and outs <= FEW and x.numel() >= UNCACHED:
+        if (
+            weight.shape[2:] == (1, 1)
+            and padding == 0
+            and outs <= FEW
+            and channels * pixels >= UNCACHED
+        ):
             from fullres.ops import pointwise_cpu
 
             return pointwise_cpu.convolve(x, weight, bias)

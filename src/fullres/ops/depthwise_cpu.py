@@ -6,14 +6,12 @@ is loaded once for every row that it serves. Maps are channels-last, sums in flo
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
-from fullres.ops.arrays import as_array
+from fullres.ops.arrays import as_rows
 from fullres.ops.lanes import LANES, fma, gelu, load, multiply, prefetch, store, zeros
 from fullres.ops.threads import split, spread
 
@@ -33,7 +31,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, geglu: bool) -> Te
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     taps = weight.detach().float().reshape(channels, 9).T.contiguous().flatten().numpy()
     start = torch.zeros(channels) if bias is None else bias.detach().float().contiguous()
-    source, target = _rows(x), _rows(out)
+    source, target = as_rows(x), as_rows(out)
     kernel = _gated if geglu else _convolved
     spread(
         [
@@ -43,11 +41,6 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, geglu: bool) -> Te
         ]
     )
     return out
-
-
-def _rows(x: Tensor) -> Any:
-    """(B, H, W * C)."""
-    return as_array(x.permute(0, 2, 3, 1).flatten(2))
 
 
 # The kernels take rows (H, W * C) and the run of rows that is theirs.

@@ -14,7 +14,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from fullres.ops.arrays import as_array
+from fullres.ops.arrays import as_rows
 from fullres.ops.frames import Frame
 from fullres.ops.gate import Layer
 from fullres.ops.lanes import (
@@ -67,7 +67,7 @@ def gated(
 
 def _values(x: Tensor) -> Any:
     """(B, H * W * C)."""
-    return as_array(x.permute(0, 2, 3, 1).flatten(1))
+    return as_rows(x).reshape(len(x), -1)
 
 
 def _program(layers: Sequence[Layer], channels: int) -> tuple[Any, Any]:
@@ -97,7 +97,7 @@ def _gated(x, inner, plus, out, steps, factors, place, first, last):
     same = np.zeros(RUN * channels + LANES, np.float32)
     while first < last:
         row = min(max(first - top, 0), rows - 1)
-        end = _alike(row, rows, top, first, last)
+        end = _end_of_alike(row, rows, top, first, last)
         for begin in range(0, windows, RUN):
             count = min(RUN, windows - begin)
             at = (row * windows + begin) * pooled
@@ -116,7 +116,7 @@ def _gated(x, inner, plus, out, steps, factors, place, first, last):
 
 
 @_jit
-def _alike(row, rows, top, first, last):
+def _end_of_alike(row, rows, top, first, last):
     """The end of the rows that have the gates of the first, those of a row of windows."""
     if row == rows - 1:
         return last

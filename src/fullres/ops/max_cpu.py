@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from fullres.ops.arrays import as_array
+from fullres.ops.arrays import as_rows
 from fullres.ops.lanes import LANES, load, maximum, prefetch, store
 from fullres.ops.threads import split, spread
 
@@ -45,7 +45,7 @@ def _row_by_row(x: Tensor, kh: int, kw: int) -> Tensor:
     batch, channels, height, width = x.shape
     shape = (batch, channels, height - kh + 1, width - kw + 1)
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-    source, target = (as_array(t.permute(0, 2, 3, 1).flatten(2)) for t in (x, out))
+    source, target = as_rows(x), as_rows(out)
     threads = torch.get_num_threads()
     groups = split(channels // LANES, threads)
     panels = split(shape[3], -(-threads // (batch * len(groups))))  # which read columns twice

@@ -5,13 +5,12 @@ There are too few products in it to wait for memory in between.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
+from fullres.ops.arrays import as_rows
 from fullres.ops.lanes import AHEAD, LANES
 from fullres.ops.products_cpu import factors_of, pointwise
 from fullres.ops.threads import split, spread
@@ -29,7 +28,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     shape = (batch, outs, height, width)
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     factors = factors_of(weight[:, :, 0, 0], bias)
-    source, target = _values(x), _values(out)
+    source, target = as_rows(x).reshape(-1), as_rows(out).reshape(-1)
     positions = batch * height * width
     runs = split(-(-positions // RUN), 4 * torch.get_num_threads())
     spread(
@@ -39,10 +38,6 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ]
     )
     return out
-
-
-def _values(x: Tensor) -> Any:
-    return x.detach().permute(0, 2, 3, 1).flatten().numpy()
 
 
 @_jit

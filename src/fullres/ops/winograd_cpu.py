@@ -18,6 +18,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from fullres.ops.arrays import as_rows
 from fullres.ops.lanes import LANES, combining, load, zeros
 from fullres.ops.products_cpu import matmul, next_width
 from fullres.ops.threads import split, spread
@@ -72,7 +73,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Te
     run = RUN if channels + outs <= 256 else 2 * RUN
     across, down = -(-shape[3] // SIDE), -(-shape[2] // SIDE)
     runs = split(-(-across * down // run), 4 * threads)
-    source, target = _rows(x), _rows(out)
+    source, target = as_rows(x), as_rows(out)
     spread(
         [
             (
@@ -85,11 +86,6 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Te
         ]
     )
     return out
-
-
-def _rows(x: Tensor) -> Any:
-    """(B, H, W * C)."""
-    return x.detach().permute(0, 2, 3, 1).flatten(2).numpy()
 
 
 @_jit
