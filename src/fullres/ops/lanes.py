@@ -66,6 +66,20 @@ _lanes = Lanes()
 
 
 @intrinsic
+def pointer(context, array):
+    """Where an array begins; what takes arrays here takes it, too, and leaves it as it is.
+
+    Whoever holds an array is counted, and a call that passes one counts for as long as a short
+    product takes. A pointer holds nothing: take it of an argument, which the caller holds.
+    """
+    return types.CPointer(array.dtype)(array), _emit_pointer
+
+
+def _emit_pointer(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    return _begin(context, builder, signature.args[0], values[0])
+
+
+@intrinsic
 def zeros(context):
     """Sixteen zeros."""
     return _lanes(), lambda *_: ir.Constant(_VECTOR, None)
@@ -364,5 +378,10 @@ def _vector(context: Any, builder: Any, arguments: Any, values: Any, n: int) -> 
 
 def _pointer(context: Any, builder: Any, arguments: Any, values: Any) -> Any:
     """That to the position, the second argument, of an array, the first."""
-    array = make_array(arguments[0])(context, builder, values[0])
-    return builder.gep(array.data, [values[1]])
+    return builder.gep(_begin(context, builder, arguments[0], values[0]), [values[1]])
+
+
+def _begin(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    if isinstance(kind, types.CPointer):
+        return value
+    return make_array(kind)(context, builder, value).data

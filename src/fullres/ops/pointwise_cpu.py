@@ -11,7 +11,7 @@ from numba import njit
 from torch import Tensor
 
 from fullres.ops.arrays import as_rows
-from fullres.ops.lanes import AHEAD, LANES
+from fullres.ops.lanes import AHEAD, LANES, pointer
 from fullres.ops.products_cpu import factors_of, pointwise
 from fullres.ops.threads import split, spread
 
@@ -44,12 +44,14 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _convolved(x, channels, factors, outs, out, first, last):
     """Convolve the positions from `first` to `last`."""
     ahead = AHEAD // x.itemsize
+    source, target = pointer(x), pointer(out)
     pixels = np.zeros(RUN * channels, np.float32)
     results = np.zeros(RUN * outs + LANES, np.float32)
     for begin in range(first, last, RUN):
-        source, target = (x, begin * channels), (out, begin * outs)
+        at, to = begin * channels, begin * outs
         if last - begin >= RUN + LANES:  # what vectors reach over is this job's, and still to come
-            pointwise(RUN, source, channels, factors, outs, target, ahead)
+            soon = source, at + ahead
+            pointwise(RUN, (source, at), channels, factors, outs, (target, to), soon)
             continue
         end = min(begin + RUN, last)
         pixels[: (end - begin) * channels] = x[begin * channels : end * channels]

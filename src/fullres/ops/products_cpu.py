@@ -10,7 +10,7 @@ from llvmlite.binding import get_host_cpu_features
 from numba import config, njit
 from torch import Tensor
 
-from fullres.ops.lanes import LANES, add_outer, blocks, prefetch, store_block
+from fullres.ops.lanes import LANES, add_outer, blocks, pointer, prefetch, store_block
 
 _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
@@ -36,10 +36,10 @@ def next_width(vectors):
 def matmul(width, count, depth, a, b, start, out, soon):
     """Write the product of `a` (count, depth) and `b` (depth, width * LANES), plus a row, to `out`.
 
-    A matrix is (array, place of its first value, from row to row), and the row that is added to
-    every row (array, place of its first value); arrays are one-dimensional and hold float32. Rows
-    are computed, and written, up to the next multiple of `ROWS`. Where `a` is not in cache it is
-    fetched `soon`, so many values ahead of its use; otherwise that is None.
+    A matrix is (pointer, place of its first value, from row to row), and the row that is added to
+    every row (pointer, place of its first value), all of float32. Rows are computed, and written,
+    up to the next multiple of `ROWS`. As many values as `a` has are fetched for `soon`, from
+    (pointer, place of the first) on, where that is not None.
     """
     if width == 3:
         _fill(_three(), ROWS // 3, count, depth, a, b, start, out, soon)
@@ -59,7 +59,8 @@ def _fill(nothing, rows, count, depth, a, b, start, out, soon):
         for k in range(depth):
             at = a_at + n * a_row + k
             if soon is not None:
-                prefetch(values, at + k * (rows - 1) + soon)
+                for line in range(0, rows, LANES):
+                    prefetch(soon[0], soon[1] + n * depth + k * rows + line)
             block = add_outer(block, values, at, a_row, factors, b_at + k * b_row)
         store_block(sums, out_at + n * out_row, out_row, block)
 
@@ -82,16 +83,15 @@ def pointwise(count, x, channels, factors, outs, out, soon):
     """Convolve so many positions by 1 × 1, rounded up to a multiple of `ROWS`.
 
     Positions lie without gaps in (array, place of the first value), those before as those after. A
-    vector of the last is written whole. Positions are fetched as `matmul` has it.
+    vector of the last is written whole. Positions are fetched for `soon` as `matmul` has it.
     """
-    values, at = x
-    results, to = out
+    values, taps, results = pointer(x[0]), pointer(factors), pointer(out[0])
     vectors = -(-outs // LANES)
     left = vectors
     while left:
         width = next_width(left)
         left -= width
         # from the last vectors to the first, which are written over what those reach over
-        by = factors, (vectors + left) * LANES, vectors * LANES
-        bias, target = (factors, left * LANES), (results, to + left * LANES, outs)
-        matmul(width, count, channels, (values, at, channels), by, bias, target, soon)
+        by, bias = (taps, (vectors + left) * LANES, vectors * LANES), (taps, left * LANES)
+        to = results, out[1] + left * LANES, outs
+        matmul(width, count, channels, (values, x[1], channels), by, bias, to, soon)

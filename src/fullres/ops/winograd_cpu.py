@@ -19,7 +19,7 @@ from numba import njit
 from torch import Tensor
 
 from fullres.ops.arrays import as_rows
-from fullres.ops.lanes import LANES, combining, load, zeros
+from fullres.ops.lanes import LANES, combining, load, pointer, zeros
 from fullres.ops.products_cpu import matmul, next_width
 from fullres.ops.threads import split, spread
 
@@ -49,6 +49,7 @@ def _transforms() -> tuple[Any, Any, Any]:
     )
 
 
+_nothing = np.zeros(3 * LANES, np.float32)
 _tile, _weigh, _output = (combining(matrix) for matrix in _transforms())
 
 
@@ -115,7 +116,7 @@ def _transformed(taps, channels, outs, factors, first, last):
     Those of a plane lie together, in them those of a block, in them those of a channel.
     """
     room, nothing = _room(3 * TILE * LANES), zeros()
-    vectors, plane, target = -(-outs // LANES), factors.shape[1], factors.reshape(-1)
+    vectors, plane, target = -(-outs // LANES), factors.shape[1], pointer(factors)
     for c in range(first, last):
         begin = 0
         while begin < vectors:
@@ -179,7 +180,7 @@ def _cut(x, top, left, channels, pixels):
 def _take(x, top, left, channels, tiles, n, room):
     """Transform the tile with this corner to the n-th values of every plane."""
     row, plane, nothing = x.shape[1], tiles.shape[1], zeros()
-    source, target = x.reshape(-1), tiles.reshape(-1)
+    source, target, room = pointer(x), pointer(tiles), pointer(room)
     for begin in range(0, channels, LANES):
         c = min(begin, channels - LANES)
         at, to = top * row + left * channels + c, n * channels + c
@@ -192,14 +193,16 @@ def _take(x, top, left, channels, tiles, n, room):
 @_jit
 def _multiply(tiles, channels, factors, outs, sums, count):
     """In every plane, multiply values (tiles, channels) by factors (channels, outputs)."""
-    vectors, nothing = -(-outs // LANES), np.zeros(3 * LANES, np.float32)
+    vectors, nothing = -(-outs // LANES), (pointer(_nothing), 0)
+    values, taps, results = pointer(tiles), pointer(factors), pointer(sums)
     for plane in range(PLANES):
+        a = values, plane * tiles.shape[1], channels
         begin = 0
         while begin < vectors:
             width = next_width(vectors - begin)
-            by = factors[plane], begin * channels * LANES, width * LANES
-            to = sums[plane], begin * LANES, vectors * LANES
-            matmul(width, count, channels, (tiles[plane], 0, channels), by, (nothing, 0), to, None)
+            b = taps, plane * factors.shape[1] + begin * channels * LANES, width * LANES
+            out = results, plane * sums.shape[1] + begin * LANES, vectors * LANES
+            matmul(width, count, channels, a, b, nothing, out, None)
             begin += width
 
 
@@ -209,7 +212,7 @@ def _give(sums, n, bias, out, top, left, room):
     outs, nothing = len(bias), zeros()
     whole = -(-outs // LANES) * LANES
     row, plane = out.shape[1], sums.shape[1]
-    source, target = sums.reshape(-1), out.reshape(-1)
+    source, target, room = pointer(sums), pointer(out), pointer(room)
     for begin in range(0, whole, LANES):
         k = min(begin, outs - LANES)
         at, to = n * whole + begin, top * row + left * outs + k
