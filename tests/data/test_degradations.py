@@ -255,6 +255,22 @@ def test_jpeg_draws_every_quality_of_its_range():
     assert set(found) == {20, 21, 22}
 
 
+def test_jpeg_blocks_may_begin_anywhere():
+    whole, random = smooth_picture(), rng()
+    part = whole[:, 5:45, 11:60]
+    parted = {}
+    for y in range(16):
+        for x in range(16):
+            around = F.pad(part, (x, 0, y, 0), mode="replicate")
+            parted[y, x] = Jpeg((50, 50))(around, rng())[:, y:, x:]
+    degrade = Jpeg((50, 50), anywhere=True)
+    drawn = [degrade(part, random) for _ in range(40)]
+    found = {place for one in drawn for place, other in parted.items() if torch.equal(one, other)}
+    assert all(any(torch.equal(one, other) for other in parted.values()) for one in drawn)
+    assert len({y for y, _ in found}) > 8
+    assert len({x for _, x in found}) > 8
+
+
 def test_jpeg_cuts_what_lies_outside_the_range():
     clean = smooth_picture() * 3 - 1
     assert torch.equal(Jpeg()(clean, rng()), Jpeg()(clean.clamp(0, 1), rng()))

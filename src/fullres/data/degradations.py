@@ -30,6 +30,8 @@ Form = Literal["mosaic", "samples", "interpolated"]
 a network is fed with it (`Spec.mosaic`), (3, H, W): the samples with 0 for the colours that are not
 there, or colours interpolated between the samples."""
 
+BLOCK = 16
+"""Sides in pixels of the blocks that a JPEG file with colour at half resolution is made of."""
 CELLS = 4
 """Of the fields that noise and haze vary with, along the longer side of the picture."""
 
@@ -75,6 +77,9 @@ class Jpeg:
     """Of libjpeg, 1 to 100, a whole number: one draw per picture."""
     subsampling: bool = True
     """Colour at half resolution (4:2:0), as most software has it below quality 90."""
+    anywhere: bool = False
+    """Whether the file's blocks begin anywhere, as in a part of a photograph: one draw per picture.
+    Otherwise they begin in its corner."""
     scale: ClassVar[int] = 1
     needs_whole: ClassVar[bool] = False
 
@@ -94,8 +99,11 @@ class Jpeg:
                 f"a JPEG file has 1 or 3 channels, not {len(clean)}; leave out the jpeg degradation"
             )
         quality = int(random.integers(*self.quality, endpoint=True))
-        stored = to_eight_bit(clean).byte().permute(1, 2, 0).contiguous()
-        return _through_jpeg(stored, quality, self.subsampling).permute(2, 0, 1).float() / 255
+        above, left = random.integers(BLOCK, size=2).tolist() if self.anywhere else (0, 0)
+        whole = F.pad(to_eight_bit(clean), (left, 0, above, 0), mode="replicate")
+        pixels = whole.byte().permute(1, 2, 0).contiguous()
+        stored = _through_jpeg(pixels, quality, self.subsampling)[above:, left:]
+        return stored.permute(2, 0, 1).float() / 255
 
 
 @dataclass(frozen=True)
