@@ -3,17 +3,18 @@
     python benchmarks/denoise_small.py FOLDER… [--network NAME_OR_PATH]
 
 Noise is drawn from `numpy.random.default_rng(0)` for every picture and not rounded; the level is
-either the same everywhere or rises smoothly from 0 to the stated sigma over a random field. Results
-are rounded to 8 bit; figures are the mean over pictures of the PSNR over RGB. Non-local means
-(scikit-image) is told the true sigma, or its mean where it varies.
+either the same everywhere or rises smoothly from 0 to the stated sigma over a random field. Noisy
+pictures may have been saved as JPEG, of the stated quality and with colour at half resolution.
+Results are rounded to 8 bit; figures are the mean over pictures of the PSNR over RGB. Non-local
+means (scikit-image) is told the true sigma, or its mean where it varies.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,48 @@ from skimage.restoration import denoise_nl_means
 from torch import Tensor
 
 import fullres as fr
+from fullres.data.degradations import Jpeg
 from fullres.io.image import SUFFIXES, open_image
 
 SIGMAS = (15, 25, 50)
+QUALITIES = (95, 80)
+
+
+@dataclass(frozen=True)
+class Case:
+    """How pictures get noisy."""
+
+    sigma: float
+    varying: bool = False
+    quality: int | None = None
+
+    def __str__(self) -> str:
+        if self.varying:
+            return f"0 to {self.sigma}, varying"
+        return f"{self.sigma}" if self.quality is None else f"{self.sigma}, JPEG {self.quality}"
+
+    def level(self, shape: tuple[int, int]) -> np.ndarray:
+        """Standard deviation at every pixel, on the scale 0 to 1."""
+        if not self.varying:
+            return np.full(shape, self.sigma / 255, np.float32)
+        field = np.random.default_rng(1).standard_normal(shape)
+        field = ndimage.gaussian_filter(field, min(shape) / 6, mode="reflect")
+        field = (field - field.min()) / (field.max() - field.min())
+        return (field * self.sigma / 255).astype(np.float32)
+
+    def noisy(self, clean: Tensor, level: np.ndarray) -> Tensor:
+        random = np.random.default_rng(0)
+        noisy = clean + torch.from_numpy(random.standard_normal(clean.shape, np.float32) * level)
+        if self.quality is not None:
+            noisy = Jpeg((self.quality, self.quality))(noisy[0], random)[None]
+        return noisy.contiguous(memory_format=torch.channels_last)
+
+
+CASES = (
+    *(Case(sigma) for sigma in SIGMAS),
+    *(Case(sigma, varying=True) for sigma in SIGMAS),
+    *(Case(sigma, quality=quality) for quality in QUALITIES for sigma in SIGMAS),
+)
 
 
 def pictures(folder: Path) -> Iterator[Tensor]:
@@ -34,16 +74,6 @@ def pictures(folder: Path) -> Iterator[Tensor]:
     for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES):
         with open_image(path) as source:
             yield source.read(0, 0, source.height, source.width)[None]
-
-
-def noise_level(shape: tuple[int, int], sigma: float, varying: bool) -> np.ndarray:
-    """Standard deviation at every pixel, on the scale 0 to 1."""
-    if not varying:
-        return np.full(shape, sigma / 255, np.float32)
-    field = np.random.default_rng(1).standard_normal(shape)
-    field = ndimage.gaussian_filter(field, min(shape) / 6, mode="reflect")
-    field = (field - field.min()) / (field.max() - field.min())
-    return (field * sigma / 255).astype(np.float32)
 
 
 def psnr(restored: Tensor, clean: Tensor) -> float:
@@ -100,24 +130,17 @@ def main() -> None:
     print("| pictures | noise |", " | ".join(modes), "| local − global |")
     print("|---" * (len(modes) + 3) + "|")
     for folder in options.folders:
-        for varying in (False, True):
-            for sigma in SIGMAS:
-                found: dict[str, list[float]] = {mode: [] for mode in modes}
-                spent = dict.fromkeys(modes, 0.0)
-                for clean in pictures(folder):
-                    level = noise_level(clean.shape[-2:], sigma, varying)
-                    noise = np.random.default_rng(0).standard_normal(clean.shape, np.float32)
-                    noisy = clean + torch.from_numpy(noise * level)
-                    noisy = noisy.contiguous(memory_format=torch.channels_last)
-                    for mode, run in modes.items():
-                        start = time.perf_counter()
-                        found[mode].append(psnr(run(noisy, level), clean))
-                        spent[mode] += time.perf_counter() - start
-                gains = [a - b for a, b in zip(found["local"], found["global"], strict=True)]
-                cells = [f"{statistics.mean(values):.2f}" for values in found.values()]
-                spread = f"{statistics.mean(gains):+.3f} ({min(gains):+.2f} to {max(gains):+.2f})"
-                what = f"0 to {sigma}, varying" if varying else f"{sigma}"
-                print(f"| {folder.name} | {what} |", " | ".join(cells), f"| {spread} |", flush=True)
+        for case in CASES:
+            found: dict[str, list[float]] = {mode: [] for mode in modes}
+            for clean in pictures(folder):
+                level = case.level(clean.shape[-2:])
+                noisy = case.noisy(clean, level)
+                for mode, run in modes.items():
+                    found[mode].append(psnr(run(noisy, level), clean))
+            gains = [a - b for a, b in zip(found["local"], found["global"], strict=True)]
+            cells = [f"{statistics.mean(values):.2f}" for values in found.values()]
+            spread = f"{statistics.mean(gains):+.3f} ({min(gains):+.2f} to {max(gains):+.2f})"
+            print(f"| {folder.name} | {case} |", " | ".join(cells), f"| {spread} |", flush=True)
 
 
 if __name__ == "__main__":
