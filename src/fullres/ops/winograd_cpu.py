@@ -49,7 +49,7 @@ def _transforms() -> tuple[Any, Any, Any]:
     )
 
 
-_nothing = np.zeros(3 * LANES, np.float32)
+_zero_row = np.zeros(3 * LANES, np.float32)  # that products begin with
 _tile, _weigh, _output = (combining(matrix) for matrix in _transforms())
 
 
@@ -193,7 +193,7 @@ def _take(x, top, left, channels, tiles, n, room):
 @_jit
 def _multiply(tiles, channels, factors, outs, sums, count):
     """In every plane, multiply values (tiles, channels) by factors (channels, outputs)."""
-    vectors, nothing = -(-outs // LANES), (pointer(_nothing), 0)
+    vectors, start = -(-outs // LANES), (pointer(_zero_row), 0)
     values, taps, results = pointer(tiles), pointer(factors), pointer(sums)
     for plane in range(PLANES):
         a = values, plane * tiles.shape[1], channels
@@ -202,7 +202,7 @@ def _multiply(tiles, channels, factors, outs, sums, count):
             width = next_width(vectors - begin)
             b = taps, plane * factors.shape[1] + begin * channels * LANES, width * LANES
             out = results, plane * sums.shape[1] + begin * LANES, vectors * LANES
-            matmul(width, count, channels, a, b, nothing, out, None)
+            matmul(width, count, channels, a, b, start, out, None)
             begin += width
 
 
