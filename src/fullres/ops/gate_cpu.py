@@ -1,7 +1,8 @@
 """Gates on the CPU: layers and product in one read and one write of the map.
 
 A job goes down rows of the map and makes the gates of a row from the pooled values once. Runs of
-positions pass the layers in the fastest cache.
+positions pass the layers in the fastest cache. A sigmoid at the end waits until the map is weighed,
+where the processor waits for memory anyway.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from fullres.ops.arrays import as_rows
 from fullres.ops.frames import Frame
 from fullres.ops.gate import Layer
 from fullres.ops.lanes import (
-    AHEAD,
     LANES,
     fma,
     load,
@@ -35,6 +35,8 @@ _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
 RUN = 2 * ROWS
 """Positions that pass the layers at a time."""
+NEAR = 2**11
+"""Bytes that maps are fetched ahead of their use: more would push gates out of the cache."""
 _CONVOLUTION, _RELU, _SIGMOID = 0, 1, 2
 
 
@@ -53,11 +55,11 @@ def gated(
     source, target = _values(x), _values(out)
     more = [None] * len(x) if plus is None else _values(plus)
     values = _values(inner.float().contiguous(memory_format=torch.channels_last))
-    steps, factors = _program(layers, inner.shape[1])
+    steps, factors = program(layers, inner.shape[1])
     place = np.array((*frame.before, *frame.windows, x.shape[3], x.shape[1], inner.shape[1]))
     spread(
         [
-            (_gated, source[b], values[b], more[b], target[b], steps, factors, place, *run)
+            (weigh, source[b], values[b], more[b], target[b], steps, factors, place, *run)
             for b in range(len(x))
             for run in split(x.shape[2], 4 * torch.get_num_threads())
         ]
@@ -70,7 +72,7 @@ def _values(x: Tensor) -> Any:
     return as_rows(x).reshape(len(x), -1)
 
 
-def _program(layers: Sequence[Layer], channels: int) -> tuple[Any, Any]:
+def program(layers: Sequence[Layer], channels: int) -> tuple[Any, Any]:
     """Steps (what, channels before, channels after, place of factors), and all factors."""
     steps, factors, place = [], [np.zeros(0, np.float32)], 0
     for layer in layers:
@@ -84,35 +86,56 @@ def _program(layers: Sequence[Layer], channels: int) -> tuple[Any, Any]:
     return np.array(steps), np.concatenate(factors)
 
 
-# The kernel takes the values of one map, its pooled values, what is added, or None, and the result;
-# the steps and their factors; (rows above, columns left, rows of windows, windows in a row, columns
-# of the map, channels, pooled channels); and its run of rows. Positions lie without gaps.
+# Kernels take the values of one map, its pooled values, what is added, or None, and the result; the
+# steps and their factors; and (rows above, columns left, rows of windows, windows in a row, columns
+# of the map, channels, pooled channels). Positions lie without gaps.
 
 
 @_jit
-def _gated(x, inner, plus, out, steps, factors, place, first, last):
-    top, left, rows, windows, width, channels, pooled = place
-    right, maps = left + windows, (x, plus, out, width)
-    rooms = np.zeros((2, RUN * max(pooled, steps[:, 2].max()) + LANES), np.float32)
-    same = np.zeros(RUN * channels + LANES, np.float32)
+def weigh(x, inner, plus, out, steps, factors, place, first, last):
+    """Weigh a run of the map's rows."""
+    top, _, rows, windows, _, _, pooled = place
+    rooms = rooms_for(steps, place)
     while first < last:
         row = min(max(first - top, 0), rows - 1)
         end = _end_of_alike(row, rows, top, first, last)
-        for begin in range(0, windows, RUN):
-            count = min(RUN, windows - begin)
-            at = (row * windows + begin) * pooled
-            rooms[0, : count * pooled] = inner[at : at + count * pooled]
-            gates = _layers(rooms, steps, factors)
-            _weigh(*maps, first, end, left + begin, count, channels, gates)
-            if begin == 0:
-                _repeat(gates, 0, channels, same)
-                for at in range(0, left, RUN):
-                    _weigh(*maps, first, end, at, min(RUN, left - at), channels, same)
-            if begin + count == windows:
-                _repeat(gates, (count - 1) * channels, channels, same)
-                for at in range(right, width, RUN):
-                    _weigh(*maps, first, end, at, min(RUN, width - at), channels, same)
+        at = row * windows * pooled
+        weigh_alike(x, inner, at, plus, out, steps, factors, place, rooms, first, end)
         first = end
+
+
+@_jit
+def rooms_for(steps, place):
+    """Memory for runs of positions between their layers, and for one that is repeated."""
+    channels, pooled = place[5:]
+    most = max(pooled, steps[:, 2].max())
+    return np.zeros((2, RUN * most + LANES), np.float32), np.zeros(
+        RUN * channels + LANES, np.float32
+    )
+
+
+@_jit
+def weigh_alike(x, inner, begun, plus, out, steps, factors, place, rooms, first, last):
+    """Weigh rows of the map that have the gates of the same windows, those from `begun` on."""
+    _, left, _, windows, width, channels, pooled = place
+    (run, same), right = rooms, left + windows
+    late = steps[-1, 0] == _SIGMOID and last - first == 1  # for more rows it would be repeated
+    for begin in range(0, windows, RUN):
+        count = min(RUN, windows - begin)
+        here = begun + begin * pooled
+        run[0, : count * pooled] = inner[here : here + count * pooled]
+        gates = _layers(run, steps, factors, len(steps) - late)
+        _weigh(x, plus, out, width, first, last, left + begin, count, channels, gates, late)
+        if begin == 0:
+            _repeat(gates, 0, channels, same)
+            for at in range(0, left, RUN):
+                some = min(RUN, left - at)
+                _weigh(x, plus, out, width, first, last, at, some, channels, same, late)
+        if begin + count == windows:
+            _repeat(gates, (count - 1) * channels, channels, same)
+            for at in range(right, width, RUN):
+                some = min(RUN, width - at)
+                _weigh(x, plus, out, width, first, last, at, some, channels, same, late)
 
 
 @_jit
@@ -124,10 +147,10 @@ def _end_of_alike(row, rows, top, first, last):
 
 
 @_jit
-def _layers(rooms, steps, factors):
-    """What the layers make of a run of positions in the first room, in one of the rooms."""
+def _layers(rooms, steps, factors, count):
+    """What the first layers make of a run of positions in the first room, in one of the rooms."""
     here = 0
-    for n in range(len(steps)):
+    for n in range(count):
         what, given, channels, place = steps[n]
         if what == _CONVOLUTION:
             by, out = factors[place:], rooms[1 - here]
@@ -149,22 +172,27 @@ def _repeat(gates, at, channels, same):
 
 
 @_jit
-def _weigh(x, plus, out, width, first, last, column, count, channels, gates):
-    """Weigh a run of positions in each of some rows by gates that are theirs in all of them."""
+def _weigh(x, plus, out, width, first, last, column, count, channels, gates, late):
+    """Weigh a run of positions in each of some rows by gates that are theirs in all of them.
+
+    By sigmoids of the gates if these are `late`.
+    """
     length = count * channels
-    whole = length - length % LANES
+    whole, ahead = length - length % LANES, NEAR // x.itemsize
     for y in range(first, last):
         begin = (y * width + column) * channels
         for at in range(0, whole, LANES):
-            prefetch(x, begin + at + AHEAD // x.itemsize)
-            store(out, begin + at, _weighed(x, plus, begin + at, gates, at))
+            prefetch(x, begin + at + ahead)
+            if plus is not None:
+                prefetch(plus, begin + at + ahead)
+            store(out, begin + at, _weighed(x, plus, begin + at, gates, at, late))
         if whole < length:
             begin, end = begin + whole, begin + length
             ends = _ends(x, begin, end)
             if plus is None:
-                store(ends, 0, _weighed(ends, None, 0, gates, whole))
+                store(ends, 0, _weighed(ends, None, 0, gates, whole, late))
             else:
-                store(ends, 0, _weighed(ends, _ends(plus, begin, end), 0, gates, whole))
+                store(ends, 0, _weighed(ends, _ends(plus, begin, end), 0, gates, whole, late))
             out[begin:end] = ends[: end - begin]
 
 
@@ -177,7 +205,10 @@ def _ends(x, begin, end):
 
 
 @_jit
-def _weighed(x, plus, at, gates, gate):
+def _weighed(x, plus, at, gates, place, late):
+    gate = load(gates, place)
+    if late:
+        gate = sigmoid(gate)
     if plus is None:
-        return multiply(load(x, at), load(gates, gate))
-    return fma(load(x, at), load(gates, gate), load(plus, at))
+        return multiply(load(x, at), gate)
+    return fma(load(x, at), gate, load(plus, at))
