@@ -224,16 +224,52 @@ def test_attention_is_the_same_in_compiled_kernels(reduced, linear, residual):
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-6)
 
 
+class Twice(nn.Module):
+    """A map weighed in place, and one that is weighed by the map's means later."""
+
+    def __init__(self, pools):
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 3, padding=1)
+        self.pools = nn.ModuleList(nn.AdaptiveAvgPool2d(1) for _ in range(pools))
+        self.gate = nn.Sequential(nn.Conv2d(32, 4, 1), nn.ReLU(), nn.Conv2d(4, 32, 1), nn.Sigmoid())
+
+    def forward(self, x):
+        x = self.first(x)
+        other, gates = x.flip(1), [self.gate(pool(x)) for pool in self.pools]
+        x.mul_(gates[0])
+        return x + other * gates[-1]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("pools", [1, 2])
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", [torch.channels_last, torch.contiguous_format])
+def test_means_are_those_of_the_map_before_it_is_weighed(pools, without, kind):
+    torch.manual_seed(0)
+    net = Twice(pools).to(memory_format=kind)
+    x = torch.rand(1, 3, 40, 100).contiguous(memory_format=kind)
+    y = net.first(x)
+    weights = net.gate(local_mean(y, (36, 36)))
+    with convert(net, Local(train_size=24)), without():
+        torch.testing.assert_close(net(x.clone()), y * weights + y.flip(1) * weights)
+        if pools == 2 and without is torch.inference_mode:
+            return  # nobody counts the map's versions
+        for pool in net.pools:
+            pool.local_defers = True
+        with pytest.raises(RuntimeError, match="before its mean"):
+            net(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_means_wait_for_a_squeeze_unless_the_map_changes_meanwhile(in_place, inference):
+def test_means_wait_for_a_squeeze_unless_the_map_changes_meanwhile(in_place, without):
     torch.manual_seed(0)
     net = Squeezed(in_place)
     x = torch.rand(2, 3, 30, 40)
     y = net.first(x)
     expected = y.relu() * net.gate(local_mean(y, (24, 24)))
-    with convert(net, Local(train_size=16)), torch.inference_mode(inference):
+    with convert(net, Local(train_size=16)), without():
         assert net.pool.local_defers == (not in_place)
         torch.testing.assert_close(net(x.clone()), expected)
     with convert(net, Local(train_size=16)):

@@ -3,9 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fullres.ops.box import local_mean
+from fullres.ops.box import local_mean, local_mean_reference
 from fullres.ops.frames import Frame
-from fullres.ops.gate import LARGE, Layer, gated
+from fullres.ops.gate import LARGE, Layer, attended, gated
 
 ACTIVATIONS = (None, "relu", "sigmoid")
 
@@ -138,3 +138,37 @@ def test_derivatives_flow(in_place):
 
     assert torch.autograd.gradcheck(head, (x, weight))
     assert torch.autograd.gradcheck(head, (x, weight, plus))
+
+
+@given(
+    st.sampled_from([16, 32, 48, 20]),
+    st.integers(1, 24),
+    st.tuples(st.integers(1, 70), st.integers(30, 130)),
+    st.tuples(st.integers(1, 80), st.integers(1, 140)),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(ACTIVATIONS),
+)
+@settings(max_examples=100, deadline=None)
+def test_attention_is_the_product_with_the_layers_of_the_means(
+    channels, pooled, size, window, batch, threads, in_place, added, last
+):
+    squeeze = Layer(torch.randn(pooled, channels) / channels**0.5, torch.randn(pooled))
+    layers = [Layer(activation="relu"), Layer(torch.randn(channels, pooled), None)]
+    layers += [Layer(activation=last)] if last else []
+    x = torch.randn(batch, channels, *size).contiguous(memory_format=torch.channels_last)
+    plus = torch.randn_like(x) if added else None
+    inner = wide(squeeze)(local_mean_reference(x.double(), window, replicate=False))
+    wanted = expected(x, inner, layers, Frame.of(size, window), plus)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            found = attended(x, window, squeeze, layers, plus=plus, in_place=in_place)
+    finally:
+        torch.set_num_threads(before)
+    assert (found is x) == in_place
+    assert found.stride() == x.stride()
+    assert (found - wanted).abs().max() <= 1e-5 * (1 + wanted.abs().max())

@@ -17,7 +17,7 @@ from torch import Tensor
 from fullres.local.forms import Window
 from fullres.ops.box import local_mean
 from fullres.ops.frames import Frame
-from fullres.ops.gate import Layer, gated, layered
+from fullres.ops.gate import Layer, attended, gated, layered
 
 
 class ChangedInPlaceError(RuntimeError):
@@ -27,24 +27,31 @@ class ChangedInPlaceError(RuntimeError):
 class Mean:
     """Local means of a map (B, C, H, W) over the windows that it contains, computed once."""
 
-    def __init__(self, x: Tensor, window: Window) -> None:
-        self._source: tuple[Tensor, Window] | None = (x, window)
+    def __init__(self, x: Tensor, window: Window, squeeze: Layer | None = None) -> None:
+        self.window = window
+        self.squeeze = squeeze
+        """A convolution that comes before the mean, to fewer channels."""
+        self._map: Tensor | None = x
         self._version = None if x.is_inference() else x._version  # where versions are counted
         self._values: Tensor | None = None
 
-    def _unchanged(self) -> tuple[Tensor, Window] | None:
-        """The map and the window; None once the means are known."""
-        source, version = self._source, self._version
-        if source is not None and version is not None and version != source[0]._version:
+    def source(self) -> Tensor | None:
+        """The map; None once the means are known.
+
+        Raises:
+            ChangedInPlaceError: the map was changed in place.
+        """
+        x, version = self._map, self._version
+        if x is not None and version is not None and version != x._version:
             raise ChangedInPlaceError("a map was changed in place before its mean was used")
-        return source
+        return x
 
     def squeezed(self, layer: Layer) -> Mean | None:
         """Means of what a convolution makes of the map, if it squeezes channels."""
-        source, weight = self._unchanged(), layer.weight
-        if source is None or weight is None or 2 * len(weight) > weight.shape[1]:
+        x, weight = self.source(), layer.weight
+        if x is None or weight is None or 2 * len(weight) > weight.shape[1]:
             return None
-        return Mean(layer(source[0]), source[1])
+        return Mean(x, self.window, layer) if self.squeeze is None else None
 
     def values(self) -> Tensor:
         """The means, (B, C, h, w).
@@ -52,11 +59,17 @@ class Mean:
         Raises:
             ChangedInPlaceError: the map was changed in place.
         """
-        source = self._unchanged()
-        if source is not None:
-            self._values, self._source = local_mean(*source, replicate=False), None
-        assert self._values is not None
+        x = self.source()
+        if x is not None:
+            x = x if self.squeeze is None else self.squeeze(x)
+            self._values, self._map = local_mean(x, self.window, replicate=False), None
+        if self._values is None:
+            raise ChangedInPlaceError("a product was written over a map before its mean was used")
         return self._values
+
+    def lost(self) -> None:
+        """Say that the map was written over before the means were known."""
+        self._map = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,13 @@ class Head:
 
     def times(self, x: Tensor, frame: Frame, plus: Tensor | None, *, in_place: bool) -> Tensor:
         """Its product with a map (B, C', H, W), `plus` added to it."""
+        mean = self.pooled
+        if isinstance(mean, Mean) and mean.squeeze is not None and mean.source() is x:
+            squeeze, layers = mean.squeeze, self.layers
+            y = attended(x, mean.window, squeeze, layers, plus=plus, in_place=in_place)
+            if in_place:
+                mean.lost()
+            return y
         return gated(x, self._pooled(), self.layers, frame, plus=plus, in_place=in_place)
 
     def _pooled(self) -> Tensor:

@@ -47,6 +47,21 @@ class Walk(NamedTuple):
     """How many it gives."""
     down: bool
 
+    def within(self, blocks: Sequence[Run], kh: int) -> slice:
+        """Which of the blocks of rows its first windows are made of."""
+        mine = [n for n, (begin, _) in enumerate(blocks) if 0 <= begin - self.start < kh]
+        return slice(mine[0], mine[-1] + 1)
+
+
+def shared(windows: int, kh: int, maps: int) -> tuple[list[Walk], list[Run]]:
+    """How torch's threads share so many rows of windows, each of so many maps.
+
+    Walks over the windows, and blocks of the rows that their first windows are made of.
+    """
+    threads = torch.get_num_threads()
+    walks = _walks(split(windows, -(-threads // maps)))
+    return walks, _blocks([w.start for w in walks], kh, 4 * threads // maps)
+
 
 def local_mean(x: Tensor, outs: Sequence[Tensor], kh: int, kw: int, replicate: bool) -> None:
     """Write the mean of `x` (B, C, H, W) to the one of `outs`."""
@@ -72,11 +87,9 @@ def _run(
     windows = height - kh + 1
     top, left = ((kh - 1) // 2, (kw - 1) // 2) if replicate else (0, 0)
     shape = np.array((kh, kw, top, left, maps[1].shape[3]))
-    threads = torch.get_num_threads()
     lanes = _lanes(width, channels)
     groups = [(b, c) for b in range(batch) for c in range(0, channels, lanes)]
-    walks = _walks(split(windows, -(-threads // len(groups))))
-    blocks = _blocks([w.start for w in walks], kh, 4 * threads // len(groups))
+    walks, blocks = shared(windows, kh, len(groups))
     flat = [as_array(spanned(t)) for t in maps]
     adding, walking = [], []
     for b, c in groups:
@@ -84,10 +97,7 @@ def _run(
         places = [np.array((b * t.stride(0) + c, t.stride(2), t.stride(3))) for t in maps]
         sums = np.empty((len(blocks), kinds, width, some))
         adding += [(add, flat[0], places[0], *block, sums[n]) for n, block in enumerate(blocks)]
-        for w in walks:
-            mine = [n for n, (begin, _) in enumerate(blocks) if w.start <= begin < w.start + kh]
-            own = sums[mine[0] : mine[-1] + 1]
-            walking.append((walk, *flat, *places, shape, *w, own))
+        walking += [(walk, *flat, *places, shape, *w, sums[w.within(blocks, kh)]) for w in walks]
     spread(adding)
     spread(walking)
     if replicate:
@@ -175,17 +185,12 @@ def _sum_squares(x, place, first, last, sums):
 @_jit
 def _mean(x, out, place, target, shape, start, rows, down, sums):
     kh, kw = shape[:2]
-    total = _slid(_together(sums)[0], kw)
-    moved = np.empty(total.shape[1])
-    changes, moving = np.empty(sums.shape[2:]), np.empty(total.shape)
+    total, rooms = begun(sums, kw)
     for n in range(rows):
-        i, leaves, enters = _turn(start, n, down, kh)
+        i, leaves, enters = turn(start, n, down, kh)
         if n > 0 or not down:
-            if len(moved) < FEW:
-                _next_few(x, place, leaves, enters, total, changes, moving)
-            else:
-                _next(x, place, leaves, enters, total, moved, np.uintp(kw))
-        _write(total, out, target, i, shape)
+            advance(x, place, leaves, enters, total, kw, rooms)
+        write(total, out, target, i, shape)
 
 
 @_jit
@@ -196,7 +201,7 @@ def _mean_var(x, mean, var, place, to_mean, to_var, shape, start, rows, down, su
     moved, squares_moved = np.empty(total.shape[1]), np.empty(total.shape[1])
     pivot = _pivot(x, place, total.shape[1])
     for n in range(rows):
-        i, leaves, enters = _turn(start, n, down, kh)
+        i, leaves, enters = turn(start, n, down, kh)
         if n > 0 or not down:
             _next_both(
                 x, place, leaves, enters, pivot, total, square, moved, squares_moved, np.uintp(kw)
@@ -205,7 +210,14 @@ def _mean_var(x, mean, var, place, to_mean, to_var, shape, start, rows, down, su
 
 
 @_jit
-def _turn(start, n, down, kh):
+def begun(sums, kw):
+    """The sums of the first row of windows, and memory for `advance`."""
+    total = _slid(_together(sums)[0], kw)
+    return total, (np.empty(total.shape[1]), np.empty(sums.shape[2:]), np.empty(total.shape))
+
+
+@_jit
+def turn(start, n, down, kh):
     """Which row of windows a walk gives as its `n`-th, and the rows that leave and enter for it."""
     if down:
         return start + n, start + n - 1, start + n - 1 + kh
@@ -234,8 +246,18 @@ def _slid(column, kw):
 
 
 @_jit
-def _next(x, place, leaves, enters, total, moved, kw):
+def advance(x, place, leaves, enters, total, kw, rooms):
     """From the sums of a row of windows to those of the next."""
+    moved, changes, moving = rooms
+    if len(moved) < FEW:
+        _next_few(x, place, leaves, enters, total, changes, moving)
+    else:
+        _next(x, place, leaves, enters, total, moved, np.uintp(kw))
+
+
+@_jit
+def _next(x, place, leaves, enters, total, moved, kw):
+    """The same for many channels."""
     (old, step), (new, _) = _row(place, leaves), _row(place, enters)
     channels, others = np.uintp(len(moved)), kw - np.uintp(1)
     moved[:] = 0.0
@@ -258,7 +280,7 @@ def _next(x, place, leaves, enters, total, moved, kw):
 
 @_jit
 def _next_few(x, place, leaves, enters, total, changes, moving):
-    """The same for few channels, which a loop of their own would not be worth."""
+    """The same for few, which a loop of their own would not be worth."""
     (old, step), (new, _) = _row(place, leaves), _row(place, enters)
     channels, others = changes.shape[1], len(changes) - len(total)  # others of a window's columns
     lines, length = _lines(changes.shape, step)
@@ -312,7 +334,7 @@ def _next_both(x, place, leaves, enters, pivot, total, square, moved, squares_mo
 
 
 @_jit
-def _write(total, out, target, i, shape):
+def write(total, out, target, i, shape):
     """Means of a row of windows from their sums."""
     kh, kw, top, left = shape[:4]
     scale = 1 / (kh * kw)

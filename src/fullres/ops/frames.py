@@ -29,6 +29,11 @@ class Frame:
     windows: Size
     """Numbers of contained windows, h and w."""
 
+    @property
+    def window(self) -> Size:
+        """Height and width of a window, clipped to the map's."""
+        return self.size[0] - self.windows[0] + 1, self.size[1] - self.windows[1] + 1
+
     @classmethod
     def of(cls, size: Size, window: Size) -> Frame:
         """That of windows of one height and width, clipped to the map's.

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from fullres.ops.arrays import for_kernel
+from fullres.ops.box import local_mean
 from fullres.ops.convolution import convolution
-from fullres.ops.frames import Frame
+from fullres.ops.frames import Frame, Size
 
 Activation = Literal["relu", "sigmoid"]
 
 LARGE = 2**13
-"""Weights from which on a convolution by itself is faster than in the kernel."""
+"""Weights above which a convolution by itself is faster than in the kernel."""
+LARGER = 2**14
+"""The same where one pass has the means, too, and saves more."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Layer:
         if self.weight is None:
             return True
         return self.weight.shape[1] == x.shape[1] and self.weight.dtype == x.dtype
+
+    def weights(self) -> int:
+        """How many its convolution has, if it is one."""
+        return 0 if self.weight is None else self.weight.numel()
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.weight is not None:
@@ -76,18 +83,63 @@ def gated(
         (B, C', H, W), in the type and memory format of `x`; on the CPU computed in float32 or
         better, with one rounding.
     """
-    while any(y.weight is not None and y.weight.numel() > LARGE for y in layers):
+    while any(layer.weights() > LARGE for layer in layers):
         inner, layers = layers[0](inner), layers[1:]
-    channels = [inner.shape[1], *(len(y.weight) for y in layers if y.weight is not None)]
-    if x.shape[:2] == (len(inner), channels[-1]) and _serves(x, inner, layers, plus):
+    if _serves(x, inner, layers, plus):
         from fullres.ops import gate_cpu
 
-        return gate_cpu.gated(x, inner, layers, frame, plus, x if in_place else torch.empty_like(x))
+        out = _written(x) if in_place else torch.empty_like(x)
+        return gate_cpu.gated(x, inner, layers, frame, plus, out)
     return frame.scaled(x, layered(inner, layers), plus=plus, in_place=in_place)
 
 
+def attended(
+    x: Tensor,
+    window: Size,
+    squeeze: Layer,
+    layers: Sequence[Layer],
+    *,
+    plus: Tensor | None = None,
+    in_place: bool = False,
+) -> Tensor:
+    """Channel attention: a map `gated` by what layers make of its own local means.
+
+    Args:
+        x: map (B, C', H, W) of a floating-point type, any values, any strides.
+        window: height and width of the windows whose means are taken.
+        squeeze: the first layer, a convolution to fewer channels, C. It comes before the mean: the
+            same, for less.
+        layers: the others, take C channels, give C'.
+        plus: as `gated` has it.
+        in_place: as `gated` has it.
+
+    Returns:
+        As `gated`.
+    """
+    frame = Frame.of((x.shape[2], x.shape[3]), window)
+    every = (squeeze, *layers)
+    small = layers and all(layer.weights() <= LARGER for layer in every)
+    if small and x.dtype == torch.float32 and _serves(x, x, every, plus):
+        from fullres.ops import attention_cpu
+
+        if attention_cpu.serves(frame):
+            out = _written(x) if in_place else torch.empty_like(x)
+            return attention_cpu.attended(x, squeeze, layers, frame, plus, out)
+    inner = local_mean(squeeze(x), window, replicate=False)
+    return gated(x, inner, layers, frame, plus=plus, in_place=in_place)
+
+
+def _written(x: Tensor) -> Tensor:
+    """The same, which torch is told that a kernel writes to."""
+    torch.autograd.graph.increment_version(x)
+    return x
+
+
 def _serves(x: Tensor, inner: Tensor, layers: Sequence[Layer], plus: Tensor | None) -> bool:
-    """Whether the kernel may take these."""
+    """Whether a kernel may take these."""
+    channels = [inner.shape[1], *(len(y.weight) for y in layers if y.weight is not None)]
+    if x.shape[:2] != (len(inner), channels[-1]):
+        return False
     if plus is not None and (plus.shape != x.shape or plus.stride() != x.stride()):
         return False
     others = (plus, *(t for y in layers for t in (y.weight, y.bias)))

@@ -52,9 +52,9 @@ def gated(
 
     The result is written to `out`.
     """
-    source, target = _values(x), _values(out)
-    more = [None] * len(x) if plus is None else _values(plus)
-    values = _values(inner.float().contiguous(memory_format=torch.channels_last))
+    source, target = values_of(x), values_of(out)
+    more = [None] * len(x) if plus is None else values_of(plus)
+    values = values_of(inner.float().contiguous(memory_format=torch.channels_last))
     steps, factors = program(layers, inner.shape[1])
     place = np.array((*frame.before, *frame.windows, x.shape[3], x.shape[1], inner.shape[1]))
     spread(
@@ -67,7 +67,7 @@ def gated(
     return out
 
 
-def _values(x: Tensor) -> Any:
+def values_of(x: Tensor) -> Any:
     """(B, H * W * C)."""
     return as_rows(x).reshape(len(x), -1)
 
