@@ -20,7 +20,20 @@ from fullres.ops.box_pixels_cpu import advance, begun, shared, turn, write
 from fullres.ops.frames import Frame
 from fullres.ops.gate import Layer
 from fullres.ops.gate_cpu import program, rooms_for, values_of, weigh, weigh_alike
-from fullres.ops.lanes import AHEAD, LANES, pointer
+from fullres.ops.lanes import (
+    AHEAD,
+    LANES,
+    add,
+    load,
+    multiply,
+    narrow,
+    pointer,
+    repeat,
+    store,
+    subtract,
+    widen,
+    zeros,
+)
 from fullres.ops.products_cpu import factors_of, pointwise
 from fullres.ops.threads import split, spread
 
@@ -28,6 +41,7 @@ _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
 RUN = 48
 """Columns that are squeezed at a time, a multiple of `products_cpu.ROWS`."""
+_SHARES = np.repeat((0.0, 1.0), LANES)
 
 
 def serves(frame: Frame) -> bool:
@@ -110,7 +124,8 @@ def _walk(x, by, place, lines, kept, plus, out, steps, factors, window, sums, en
     top, _, windows, columns, width, _, pooled = place
     kh, kw = window
     total, moving = begun(sums, kw)
-    within, to = np.array((0, width * pooled + LANES, pooled)), np.array((0, 0, pooled))
+    line = width * pooled + LANES
+    within, to = np.array((0, line, pooled)), np.array((0, 0, pooled))
     shape = np.array((kh, kw, 0, 0, columns))
     means, rooms = np.empty(columns * pooled, np.float32), rooms_for(steps, place)
     for n in range(rows):
@@ -120,14 +135,47 @@ def _walk(x, by, place, lines, kept, plus, out, steps, factors, window, sums, en
             if not kept[0] <= enters < kept[1]:
                 entering = kept[1] - kept[0] + spare
                 _squeeze(x, enters, by, place, lines, entering)
-            advance(lines, within, leaves - kept[0], entering, total, kw, moving)
-        write(total, means, to, 0, shape)
+            if pooled < LANES:
+                advance(lines, within, leaves - kept[0], entering, total, kw, moving)
+            else:
+                _advance(lines, (leaves - kept[0]) * line, entering * line, total, window, means)
+        if pooled < LANES or (n == 0 and down):
+            write(total, means, to, 0, shape)
         row = top + i
         weigh_alike(x, means, 0, plus, out, steps, factors, place, rooms, row, row + 1)
         if i == 0:
             ends[0] = means
         if i == windows - 1:
             ends[1] = means
+
+
+@_jit
+def _advance(lines, old, new, total, window, means):
+    """From the sums of a row of windows, and their means, to those of the next.
+
+    As `advance` does, for sixteen channels and more; of two lines by where they begin.
+    """
+    (kh, kw), pooled = window, total.shape[1]
+    values, sums, results = pointer(lines), pointer(total), pointer(means)
+    scale, others = repeat(1 / (kh * kw)), (kw - 1) * pooled
+    for begin in range(0, pooled, LANES):
+        c = min(begin, pooled - LANES)
+        share = load(_SHARES, LANES - (begin - c))  # nothing to those that had theirs before
+        moved = widen(zeros())
+        for at in range(c, c + others, pooled):
+            moved = add(moved, _change(values, old + at, new + at))
+        for at in range(c, len(total) * pooled, pooled):
+            last = at + others
+            moved = add(moved, _change(values, old + last, new + last))
+            here = add(load(sums, at), multiply(moved, share))
+            store(sums, at, here)
+            store(results, at, narrow(multiply(here, scale)))
+            moved = subtract(moved, _change(values, old + at, new + at))
+
+
+@_jit
+def _change(values, old, new):
+    return subtract(widen(load(values, new)), widen(load(values, old)))
 
 
 @_jit

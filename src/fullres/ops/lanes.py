@@ -28,6 +28,7 @@ AHEAD = 2**13
 
 _FLOAT, _WORD, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 _VECTOR, _WORDS, _HALVES = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _WORD, _HALF))
+_WIDE = ir.VectorType(ir.DoubleType(), LANES)
 
 
 class Lanes(types.Type):
@@ -40,6 +41,18 @@ class Lanes(types.Type):
     def value(self) -> Any:
         """What LLVM holds them in."""
         return _VECTOR
+
+
+class Doubles(types.Type):
+    """Sixteen floats of twice the bits."""
+
+    def __init__(self) -> None:
+        super().__init__("Doubles")
+
+    @property
+    def value(self) -> Any:
+        """What LLVM holds them in."""
+        return _WIDE
 
 
 class Block(types.Type):
@@ -56,13 +69,14 @@ class Block(types.Type):
 
 
 @register_model(Lanes)
+@register_model(Doubles)
 @register_model(Block)
 class _Model(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, kind.value)
 
 
-_lanes = Lanes()
+_lanes, _doubles = Lanes(), Doubles()
 
 
 @intrinsic
@@ -87,12 +101,15 @@ def zeros(context):
 
 @intrinsic
 def load(context, array, at):
-    """The sixteen values of an array from a position on."""
-    return _lanes(array, types.intp), _emit_load
+    """The sixteen values of an array from a position on; `Doubles` of one of float64."""
+    kind = _doubles if array.dtype == types.float64 else _lanes
+    return kind(array, types.intp), _emit_load
 
 
 def _emit_load(context: Any, builder: Any, signature: Any, values: Any) -> Any:
     pointer = _pointer(context, builder, signature.args, values)
+    if signature.args[0].dtype == types.float64:
+        return builder.load(builder.bitcast(pointer, _WIDE.as_pointer()), align=8)
     if signature.args[0].dtype == types.float32:
         return builder.load(builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
     halves = builder.load(builder.bitcast(pointer, _HALVES.as_pointer()), align=2)
@@ -102,13 +119,19 @@ def _emit_load(context: Any, builder: Any, signature: Any, values: Any) -> Any:
 
 @intrinsic
 def store(context, array, at, lanes):
-    """Write sixteen values to an array from a position on, rounded to what it holds."""
-    return types.void(array, types.intp, _lanes), _emit_store
+    """Write sixteen values to an array from a position on, rounded to what it holds.
+
+    `Doubles` to an array of float64.
+    """
+    kind = _doubles if array.dtype == types.float64 else _lanes
+    return types.void(array, types.intp, kind), _emit_store
 
 
 def _emit_store(context: Any, builder: Any, signature: Any, values: Any) -> Any:
     pointer, lanes = _pointer(context, builder, signature.args, values), values[2]
-    if signature.args[0].dtype == types.float32:
+    if signature.args[0].dtype == types.float64:
+        builder.store(lanes, builder.bitcast(pointer, _WIDE.as_pointer()), align=8)
+    elif signature.args[0].dtype == types.float32:
         builder.store(lanes, builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
     else:
         pointer = builder.bitcast(pointer, _HALVES.as_pointer())
@@ -142,9 +165,44 @@ def _emit_prefetch(context: Any, builder: Any, signature: Any, values: Any) -> A
 
 
 @intrinsic
+def widen(context, lanes):
+    """The same in float64."""
+    return _doubles(lanes), lambda _, builder, __, values: builder.fpext(*values, _WIDE)
+
+
+@intrinsic
+def narrow(context, doubles):
+    """The same, rounded to float32."""
+    return _lanes(doubles), lambda _, builder, __, values: builder.fptrunc(*values, _VECTOR)
+
+
+@intrinsic
+def repeat(context, value):
+    """Sixteen times the same value, in float64."""
+    return _doubles(types.float64), _emit_repeat
+
+
+def _emit_repeat(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    first = builder.insert_element(ir.Constant(_WIDE, ir.Undefined), values[0], _WORD(0))
+    return builder.shuffle_vector(first, first, ir.Constant(_WORDS, None))
+
+
+@intrinsic
 def multiply(context, a, b):
     """`a * b`."""
-    return _lanes(a, b), lambda context, builder, _, values: builder.fmul(*values)
+    return a(a, b), lambda context, builder, _, values: builder.fmul(*values)
+
+
+@intrinsic
+def add(context, a, b):
+    """`a + b`."""
+    return a(a, b), lambda context, builder, _, values: builder.fadd(*values)
+
+
+@intrinsic
+def subtract(context, a, b):
+    """`a - b`."""
+    return a(a, b), lambda context, builder, _, values: builder.fsub(*values)
 
 
 @intrinsic
