@@ -4,7 +4,8 @@ A row of pixels is squeezed when it enters the windows, not before. The means of
 then pass the layers, and weigh the row of the map that is theirs, while they are in the cache.
 
 Jobs walk up and down as in `box_pixels_cpu`. Only the rows of the windows that they begin with are
-squeezed before, and kept, since these rows leave again; none that enters later does.
+squeezed before, and kept, since these rows leave again; none that enters later does. So the map may
+be written over: the others enter their walk's windows before it weighs them, and it alone does.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 RUN = 48
 """Columns that are squeezed at a time, a multiple of `products_cpu.ROWS`."""
 _SHARES = np.repeat((0.0, 1.0), LANES)
+"""Sixteen from a place on: how much each of a vector's values counts, none before they all do."""
 
 
 def serves(frame: Frame) -> bool:
