@@ -49,9 +49,9 @@ class Mean:
     def squeezed(self, layer: Layer) -> Mean | None:
         """Means of what a convolution makes of the map, if it squeezes channels."""
         x, weight = self.source(), layer.weight
-        if x is None or weight is None or 2 * len(weight) > weight.shape[1]:
+        if x is None or self.squeeze is not None or weight is None:
             return None
-        return Mean(x, self.window, layer) if self.squeeze is None else None
+        return Mean(x, self.window, layer) if 2 * len(weight) <= weight.shape[1] else None
 
     def values(self) -> Tensor:
         """The means, (B, C, h, w).

@@ -130,6 +130,8 @@ def _walk(x, by, place, lines, kept, plus, out, steps, factors, window, sums, en
     within, to = np.array((0, line, pooled)), np.array((0, 0, pooled))
     shape = np.array((kh, kw, 0, 0, columns))
     means, rooms = np.empty(columns * pooled, np.float32), rooms_for(steps, place)
+    if down:
+        write(total, means, to, 0, shape)
     for n in range(rows):
         i, leaves, enters = turn(start, n, down, kh)
         if n > 0 or not down:
@@ -139,10 +141,9 @@ def _walk(x, by, place, lines, kept, plus, out, steps, factors, window, sums, en
                 _squeeze(x, enters, by, place, lines, entering)
             if pooled < LANES:
                 advance(lines, within, leaves - kept[0], entering, total, kw, moving)
+                write(total, means, to, 0, shape)
             else:
                 _advance(lines, (leaves - kept[0]) * line, entering * line, total, window, means)
-        if pooled < LANES or (n == 0 and down):
-            write(total, means, to, 0, shape)
         row = top + i
         weigh_alike(x, means, 0, plus, out, steps, factors, place, rooms, row, row + 1)
         if i == 0:

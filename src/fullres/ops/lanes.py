@@ -32,27 +32,12 @@ _WIDE = ir.VectorType(ir.DoubleType(), LANES)
 
 
 class Lanes(types.Type):
-    """Sixteen floats."""
+    """Sixteen floats, or doubles."""
 
-    def __init__(self) -> None:
-        super().__init__("Lanes")
-
-    @property
-    def value(self) -> Any:
+    def __init__(self, name: str, value: Any) -> None:
+        super().__init__(name)
+        self.value = value
         """What LLVM holds them in."""
-        return _VECTOR
-
-
-class Doubles(types.Type):
-    """Sixteen floats of twice the bits."""
-
-    def __init__(self) -> None:
-        super().__init__("Doubles")
-
-    @property
-    def value(self) -> Any:
-        """What LLVM holds them in."""
-        return _WIDE
 
 
 class Block(types.Type):
@@ -69,14 +54,13 @@ class Block(types.Type):
 
 
 @register_model(Lanes)
-@register_model(Doubles)
 @register_model(Block)
 class _Model(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, kind.value)
 
 
-_lanes, _doubles = Lanes(), Doubles()
+_lanes, _doubles = Lanes("Lanes", _VECTOR), Lanes("Doubles", _WIDE)
 
 
 @intrinsic
@@ -101,7 +85,7 @@ def zeros(context):
 
 @intrinsic
 def load(context, array, at):
-    """The sixteen values of an array from a position on; `Doubles` of one of float64."""
+    """The sixteen values of an array from a position on; doubles of one of float64."""
     kind = _doubles if array.dtype == types.float64 else _lanes
     return kind(array, types.intp), _emit_load
 
@@ -121,7 +105,7 @@ def _emit_load(context: Any, builder: Any, signature: Any, values: Any) -> Any:
 def store(context, array, at, lanes):
     """Write sixteen values to an array from a position on, rounded to what it holds.
 
-    `Doubles` to an array of float64.
+    Doubles to an array of float64.
     """
     kind = _doubles if array.dtype == types.float64 else _lanes
     return types.void(array, types.intp, kind), _emit_store
