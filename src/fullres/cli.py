@@ -415,15 +415,15 @@ def degrade(
 
     Pairs that are there already stay, so a stopped run goes on where it was.
     """
-    from fullres.console import Display
+    from fullres.console import Display, show_log
     from fullres.data.datasets import open_dataset
     from fullres.data.degrade import degrade_folder, parse_degradation
 
-    clean = open_dataset(pictures, "clean").pairs
     made = parse_degradation(how)
     with Display() as display:
+        show_log(display.console)
         degrade_folder(
-            [(pair.name, pair.target) for pair in clean],
+            [(pair.name, pair.target) for pair in open_dataset(pictures, "clean").pairs],
             output,
             made,
             seed=seed,

@@ -10,6 +10,7 @@ from torch import nn
 
 from fullres.errors import FullresError
 from fullres.evaluate import evaluate
+from fullres.local import NothingToConvert
 from fullres.studies.window import window
 
 SIZES = ((40, 80), (48, 90), (33, 70), (36, 100), (32, 64))
@@ -68,3 +69,10 @@ def test_a_factor_is_positive(gated, pairs):
     for factors in ((), (1, 0), (-1,)):
         with pytest.raises(FullresError, match="above 0"):
             window(gated(nn.AdaptiveAvgPool2d(1)), folder, factors)
+
+
+def test_a_network_without_global_operations_has_no_windows(gated, pairs, tmp_path):
+    folder, _ = pairs((20, 30))
+    with pytest.raises(NothingToConvert, match="nothing to convert in Gated"):
+        window(gated(nn.Conv2d(3, 3, 1)), folder, output=tmp_path / "study")
+    assert not (tmp_path / "study").exists()

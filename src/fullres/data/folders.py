@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from fullres.data.pairing import (
     some,
 )
 from fullres.errors import FullresError
+
+log = logging.getLogger(__name__)
 
 DEGRADED = {
     **dict.fromkeys(("blur", "blurred", "blurry"), "deblur"),
@@ -147,11 +150,23 @@ def holds_clean(root: Path) -> bool:
 
 
 def find_clean(request: Request) -> Found:
-    """Clean pictures, to be degraded on the fly; by `scale`, where one is given."""
+    """Clean pictures, to be degraded on the fly; by `scale`, where one is given.
+
+    Those in folders within theirs are left out, since results may lie there, and that is said.
+    """
     folder = _clean_folder(request.root)
     if folder is None:
         raise misfit(request.root, f"clean pictures in it or in {', '.join(CLEAN_FOLDERS)}")
-    pairs = [Pair(path.stem, None, path) for path in pictures(folder)]
+    found = pictures(folder)
+    below = [path for inner in folders(folder) for path in pictures(inner, recursive=True)]
+    if below:
+        names = some(path.relative_to(folder).as_posix() for path in below)
+        log.warning(
+            "%s: left out pictures in the folders within it, %s; open these folders by themselves",
+            folder,
+            names,
+        )
+    pairs = [Pair(path.stem, None, path) for path in found]
     if request.scale is None or request.scale == 1:
         return Found(pairs)
     return Found(pairs, task="super-resolution", protocol="sr", scale=request.scale)

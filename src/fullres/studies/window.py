@@ -18,7 +18,7 @@ import numpy as np
 from fullres.errors import FullresError
 from fullres.evaluate import evaluate
 from fullres.evaluation.results import GLOBAL, number, signed, title
-from fullres.local import Local
+from fullres.local import Local, convert
 from fullres.metrics import Protocol
 from fullres.restore import Size, settings_for
 from fullres.studies.figures import (
@@ -122,6 +122,7 @@ def window(
         dtype: likewise.
 
     Raises:
+        NothingToConvert: no window would change anything.
         FullresError: a factor is not positive, or as `fullres.evaluate.evaluate`.
     """
     if output is not None:
@@ -132,6 +133,7 @@ def window(
     dataset = dataset_of(data, layout, split, opened)
     settings = settings_for(opened, True, None, train_size)
     assert settings is not None
+    convert(opened.module, settings).revert()  # to hear now if there is nothing to convert
     how = protocol_of(protocol, dataset)
     how = replace(how, metrics=how.metrics[:1])
     values: dict[float | None, dict[str, float]] = {}
