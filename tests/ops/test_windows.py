@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -335,6 +335,42 @@ def test_products_are_those_of_float64(data):
         assert ours.dtype == torch.float32
         error = (ours.double() - exact).abs().max()
         assert error <= 2e-6 * exact.abs().max()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_convolutions_by_cell_are_those_of_float64(data):
+    height, width = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 150))
+    axes = [
+        sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=3))}) for n in (height, width)
+    ]
+    channels, outs = (data.draw(st.sampled_from([16, 48, 80, 128])) for _ in range(2))
+    biased, added, in_place = (data.draw(st.booleans()) for _ in range(3))
+
+    def drawn(c):  # a part of a larger map
+        x = torch.randn(1, height + 1, width + 2, c).permute(0, 3, 1, 2)
+        return x, x[..., 1:, 1:-1]
+
+    (_, x), (_, residual), (around, out) = drawn(channels), drawn(outs), drawn(outs)
+    factors = torch.randn(len(axes[0]) - 1, len(axes[1]) - 1, channels, outs)
+    bias = torch.randn(outs) if biased else None
+    expected = torch.zeros(1, outs, height, width).double()
+    for (r, rows), (s, columns) in product(*(enumerate(pairwise(axis)) for axis in axes)):
+        here = (..., slice(*rows), slice(*columns))
+        expected[here] = torch.einsum("co,bchw->bohw", factors[r, s].double(), x[here].double())
+    if biased:
+        expected += bias.double()[:, None, None]
+    if added:
+        expected += residual.double()
+    if in_place and channels == outs:
+        around, out = None, x
+    border = None if around is None else (around[:, :, 0].clone(), around[..., [0, -1]].clone())
+    assert cells_cpu.convolves(x, residual, out)
+    cells_cpu.convolve(x, factors, bias, residual if added else None, out, *axes)
+    assert (out.double() - expected).abs().max() <= 4e-6 * max(expected.abs().max(), 1)
+    if around is not None:
+        assert torch.equal(around[:, :, 0], border[0])
+        assert torch.equal(around[..., [0, -1]], border[1])
 
 
 @pytest.mark.parametrize("window", [None, (9, 12)])

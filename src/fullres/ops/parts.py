@@ -165,9 +165,12 @@ def taken(x: Tensor, number: int, part: Part) -> Tensor:
     return piece[part.read].contiguous(memory_format=_format(x))
 
 
-def room(x: Tensor, part: Tensor) -> Tensor:
-    """An empty map of the batch, height and width of `x`, in all else like a part of a result."""
-    shape = (len(x), part.shape[1], *x.shape[-2:])
+def room(x: Tensor, part: Tensor, channels: int | None = None) -> Tensor:
+    """An empty map of the batch, height and width of `x`, in all else like a part of a result.
+
+    Of other channels, if told.
+    """
+    shape = (len(x), channels or part.shape[1], *x.shape[-2:])
     return torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=_format(part))
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 import torch.nn.functional as F
@@ -135,10 +135,8 @@ def projected_attention(
     for number in range(len(x)):
         sums, values = _summed(project, x, number, parts, temperature.numel(), cells)
         m = _matrices(cells, *sums, temperature).squeeze(2)  # (rows, columns, heads, c, c)
-        by_head = weight.to(m.dtype).view(len(weight), *m.shape[2:4]).transpose(0, 1)
-        m = (by_head @ m).transpose(2, 3).flatten(3)  # (rows, columns, C', heads * c)
         added = None if residual is None else residual[number : number + 1]
-        results.append(cells.convolved(values, m.to(x.dtype)[..., None, None], bias, added))
+        results.append(cells.convolved(values, _factors(m, weight), bias, added))
     return results[0] if len(results) == 1 else torch.cat(results)
 
 
@@ -174,8 +172,22 @@ def _matrices(
 ) -> Tensor:
     """The averaged attention matrices of each cell, from sums by cell."""
     q, k = (cells.windows(s).clamp_min(EPS**2).sqrt() for s in (q_squares, k_squares))
-    x = cells.windows(gram) / q.unsqueeze(-1) / k.unsqueeze(-2)
+    x = cells.windows(gram).div_(q.unsqueeze(-1)).div_(k.unsqueeze(-2))
     return cells.averages((temperature.to(x.dtype).view(-1, 1, 1) * x).softmax(-1))
+
+
+def _factors(m: Tensor, weight: Tensor) -> Tensor:
+    """What a convolution by `weight` makes of the heads' matrices (rows, columns, heads, c, c).
+
+    Transposed: (rows, columns, heads * c, C').
+    """
+    rows, columns, heads, channels, _ = m.shape
+    by_head = weight.detach().to(m.dtype).view(-1, heads, channels).permute(1, 2, 0).contiguous()
+    factors = m.new_empty(rows, columns, heads, channels, len(weight))
+    with torch.autocast(m.device.type, enabled=False):
+        for r, s in product(range(rows), range(columns)):  # all in one would copy the weight
+            torch.matmul(m[r, s].mT, by_head, out=factors[r, s])
+    return factors.flatten(2, 3)
 
 
 def transposed_attention_reference(
@@ -353,15 +365,24 @@ class _Cells:
         return weigh(m, x, self.rows.cuts, self.columns.cuts)
 
     def convolved(
-        self, x: Tensor, weights: Tensor, bias: Tensor | None, residual: Tensor | None
+        self, x: Tensor, factors: Tensor, bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
-        """A map (1, C, H, W) convolved, in each cell by its own weights of (rows, columns, …).
+        """A map (1, C, H, W) convolved, in each cell by its own factors of (rows, columns, C, C').
 
         In the memory of the map where the result has as many channels.
         """
-        channels = weights.shape[2]
-        out = x if channels == x.shape[1] else None
+        channels = factors.shape[3]
         fake = isinstance(x, FakeTensor)  # for memory one part of the largest cell will do
+        out = x if channels == x.shape[1] else room(x, x, channels)
+        maps = [y for y in (x, residual, out) if y is not None]
+        if x.device.type == "cpu" and not fake:
+            from fullres.ops import cells_cpu
+
+            if cells_cpu.convolves(*maps):
+                borders = self.rows.cuts, self.columns.cuts
+                cells_cpu.convolve(x, factors, bias, residual, out, *borders)
+                return out
+        weights = factors.mT.to(x.dtype)[..., None, None]
         places = list(self.places())
         for r, s, here in [max(places, key=_area)] if fake else places:
             cell = x[here]
@@ -370,9 +391,7 @@ class _Cells:
                 y = F.conv2d(taken(cell, 0, part), weights[r, s], bias)
                 if residual is not None:
                     y += residual[here][part.place]
-                out = room(x, y) if out is None else out
                 out[here][part.place] = y
-        assert out is not None
         return out
 
     def places(self) -> Iterator[tuple[int, int, Place]]:
