@@ -139,13 +139,14 @@ def convolve(
 def _rectangles(
     rows: Sequence[int], columns: Sequence[int], times: int
 ) -> Iterator[tuple[int, Rectangle]]:
-    """Cells by number, each in as many bands as give every thread its jobs, `times` over."""
-    cells = list(product(pairwise(rows), pairwise(columns)))
-    bands = -(-_JOBS * torch.get_num_threads() // max(len(cells) * times, 1))
+    """Cells by number, in bands of rows as large as a job where all this is done `times` over."""
+    job = rows[-1] * columns[-1] * times // (_JOBS * torch.get_num_threads())
+    cells = product(pairwise(rows), pairwise(columns))
     for cell, ((top, bottom), (left, right)) in enumerate(cells):
-        for first, last in split(bottom - top, bands):
-            if first < last and left < right:
-                yield cell, (top + first, left, last - first, right - left)
+        height, width = bottom - top, right - left
+        for first, last in split(height, -(-height * width // max(job, 1))):
+            if first < last and width:
+                yield cell, (top + first, left, last - first, width)
 
 
 def _begin(x: Tensor, index: tuple[int, ...], place: Rectangle) -> int:
