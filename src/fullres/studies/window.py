@@ -223,9 +223,10 @@ def _sheet(found: Windows) -> Sheet:
     chosen = signed(found.chosen_gain, found.metric)
     other = found.held_out_gain
     held_out = "there are no others" if other is None else f"{signed(other, found.metric)} there"
+    count = f"{len(found.gains)} picture{'s' * (len(found.gains) != 1)}"
     note = (
         f"Best on every other picture by name: {name}, which gains {chosen} on these; on the "
-        f"pictures that had no say: {held_out}. {len(found.gains)} pictures in all; gains are over "
+        f"pictures that had no say: {held_out}. {count} in all; gains are over "
         "the network as it is, spread is the standard deviation over pictures."
     )
     header = ("window", "pixels", title(found.metric), "gain", "spread", "least", "most")
