@@ -125,10 +125,11 @@ def test_networks_with_such_heads_become_local(head, pool):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("window", [8, 24, 32, 100])
 @pytest.mark.parametrize("head", HEADS)
-def test_maps_serve_where_they_would_do(head):
+def test_maps_serve_where_they_would_do(head, window):
     net = Net(head, nn.AdaptiveAvgPool2d(1)).eval()
-    (op,) = plan(net, Local(train_size=16)).converted
+    (op,) = plan(net, Local(train_size=16, window=window)).converted
     assert op.form.attributes["local_gives"] == ("either" if head is Convolved else "vectors")
 
 
@@ -139,17 +140,19 @@ def test_gradients_flow_through_pooled_values():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.head.fc.parameters())
 
 
-def test_pooled_values_that_reach_the_output_stay_global():
+@pytest.mark.parametrize("window", [8, 16, 64])
+@pytest.mark.parametrize("by_module", [False, True])
+def test_pooled_values_that_reach_the_output_stay_global(by_module, window):
     class Classifier(nn.Module):
         def __init__(self):
             super().__init__()
-            self.pool = nn.AdaptiveAvgPool2d(1)
+            self.pool = nn.AdaptiveAvgPool2d(1) if by_module else None
             self.fc = nn.Linear(3, 10)
 
         def forward(self, x):
-            return self.fc(self.pool(x).flatten(1))
+            return self.fc(self.pool(x).flatten(1) if self.pool else x.mean((2, 3)))
 
-    (op,) = plan(Classifier(), Local(train_size=8)).kept
+    (op,) = plan(Classifier(), Local(train_size=8, window=window)).kept
     assert "output" in op.reason
 
 

@@ -79,7 +79,7 @@ def plan(module: nn.Module, local: Local, example: Any = None) -> Plan:
         for op in found
     ]
     shadow = calibration.shadow
-    larger = _Larger(shadow, shadow.enlarged(calibration.inputs, 2))
+    larger = _Larger(shadow, shadow.enlarged(calibration.inputs, 2), local)
     operations += called(module, operations, shadow.module, calibration.calls, larger.calls, local)
     _check_used(local, operations)
     name = module._get_name()  # type: ignore[no-untyped-call]
@@ -175,10 +175,14 @@ def _with_own_form(
 
 
 class _Larger:
-    """The shadow at a larger size: its inputs there, and what it gives while it is global."""
+    """The shadow at a larger size: its inputs there, and what it gives while it is global.
 
-    def __init__(self, shadow: Shadow, inputs: tuple[Any, ...]) -> None:
+    Windows on trial are at most the training size, so that no window covers the inputs.
+    """
+
+    def __init__(self, shadow: Shadow, inputs: tuple[Any, ...], local: Local) -> None:
         self.shadow, self.inputs = shadow, inputs
+        self.local = local.narrowed()
         self.wanted: Any
         watch, result = Watch(inputs), None
         try:
@@ -190,7 +194,7 @@ class _Larger:
 
     def trial(self, operations: Sequence[Operation]) -> Any:
         """Shapes that the shadow gives with these operations local, or what it raises."""
-        there = [replace(op, module=self.shadow.module.get_submodule(op.name)) for op in operations]
+        there = [self._there(op) for op in operations]
         taken = [
             (part, take_form(part, form)) for part, form in forms_taken(self.shadow.module, there)
         ]
@@ -201,6 +205,18 @@ class _Larger:
         finally:
             for part, original in reversed(taken):
                 take_form(part, original)
+
+    def _there(self, op: Operation) -> Operation:
+        """The operation in the shadow, with windows that do not cover its map there."""
+        op = replace(op, module=self.shadow.module.get_submodule(op.name))
+        if op.form is None or not issubclass(op.form.cls, LocalModule | LocalCalls):
+            return op  # a form that a module makes of itself is tried by itself
+        windows = windows_of(op.kind, op.shapes, self.local)
+        held = (
+            {"local_windows": windows} if op.site is None else {"local_sites": {op.site: windows}}
+        )
+        form = Form(op.form.cls, {**op.form.attributes, **held})
+        return replace(op, windows=windows, form=form)
 
 
 def forms_taken(module: nn.Module, operations: Sequence[Operation]) -> list[tuple[nn.Module, Form]]:

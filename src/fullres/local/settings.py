@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
@@ -82,6 +82,13 @@ class Local:
         train = _pair("train_size", self.train_size)
         return max(1, feature[0] * size[0] // train[0]), max(1, feature[1] * size[1] // train[1])
 
+    def narrowed(self) -> Local:
+        """The same with windows of at most the training size, which any larger picture exceeds."""
+        most = _pair("train_size", self.train_size)
+        kinds = {kind: _smaller(_pair(kind, size), most) for kind, size in self.windows.items()}
+        window = _smaller(_pair("window", self.window), most)
+        return replace(self, window=window, windows=kinds, stride=None)
+
     def takes(self, names: Sequence[str], module: nn.Module) -> bool:
         """Whether an operation of this module is one of those that become local."""
         if self.only is None:
@@ -90,6 +97,10 @@ class Local:
             return any(self.only(name, module) for name in names)
         patterns = (self.only,) if isinstance(self.only, str) else self.only
         return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _smaller(one: Window, other: Window) -> Window:
+    return min(one[0], other[0]), min(one[1], other[1])
 
 
 def _pair(what: str, size: Any) -> tuple[int, int]:
