@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullres.networks.layers import Conv2d, product, total
+from fullres.networks.layers import Conv2d, product, total, weighted
 from fullres.networks.spec import Architecture, Spec, State, count
 
 PRIOR_CHANNELS = 32
@@ -70,7 +70,7 @@ class UpsampleLayer(nn.Module):
 class SqueezeExcitation(nn.Module):
     """Channel attention with linear layers on the pooled vector: (B, C, H, W) to the same.
 
-    The map is multiplied in its own memory where nothing is derived.
+    `plus` is added. The result takes the map's own memory where nothing is derived.
     """
 
     def __init__(self, channels: int) -> None:
@@ -83,10 +83,10 @@ class SqueezeExcitation(nn.Module):
             nn.Sigmoid(),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, plus: Tensor) -> Tensor:
         batch, channels = x.shape[:2]
         gate: Tensor = self.fc(self.avg_pool(x).view(batch, channels))
-        return product(x, gate.view(batch, channels, 1, 1))
+        return weighted(x, gate.view(batch, channels, 1, 1), plus)
 
 
 class ResidualBlock(nn.Module):
@@ -102,7 +102,8 @@ class ResidualBlock(nn.Module):
         self.se = SqueezeExcitation(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return total(self.se(self.module_body(x)), x)
+        y: Tensor = self.se(self.module_body(x), plus=x)
+        return y
 
 
 class ResidualGroup(nn.Module):

@@ -17,24 +17,21 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from fullres.ops.box_pixels_cpu import advance, begun, shared, turn, write
+from fullres.ops.box_pixels_cpu import (
+    add_four,
+    add_row,
+    advance,
+    begun,
+    shared,
+    slide,
+    together,
+    turn,
+    write,
+)
 from fullres.ops.frames import Frame
 from fullres.ops.gate import Layer
 from fullres.ops.gate_cpu import program, rooms_for, values_of, weigh, weigh_alike
-from fullres.ops.lanes import (
-    AHEAD,
-    LANES,
-    add,
-    load,
-    multiply,
-    narrow,
-    pointer,
-    repeat,
-    store,
-    subtract,
-    widen,
-    zeros,
-)
+from fullres.ops.lanes import AHEAD, LANES, pointer
 from fullres.ops.products_cpu import factors_of, pointwise
 from fullres.ops.threads import split, spread
 
@@ -42,8 +39,6 @@ _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
 RUN = 48
 """Columns that are squeezed at a time, a multiple of `products_cpu.ROWS`."""
-_SHARES = np.repeat((0.0, 1.0), LANES)
-"""Sixteen from a place on: how much each of a vector's values counts, none before they all do."""
 
 
 def serves(frame: Frame) -> bool:
@@ -104,19 +99,18 @@ def attended(
 @_jit
 def _begin(x, by, place, lines, kept, sums, first, last):
     """Squeeze and keep a block of rows, and sum its columns."""
-    column = sums[0].reshape(-1)
+    column = sums.reshape((1, sums.size))
     column[:] = 0.0
-    line = np.uintp(len(column) + LANES)
+    within = np.array((0, sums.size + LANES, 0))
     for y in range(first, last, 4):
         end = min(y + 4, last)
         for row in range(y, end):
             _squeeze(x, row, by, place, lines, row - kept[0])
-        at = np.uintp(y - kept[0]) * line
         if end == y + 4:
-            _add_four(lines, at, line, column)
+            add_four(lines, within, y - kept[0], column)
         else:
-            for row in range(end - y):
-                _add(lines, at + np.uintp(row) * line, column)
+            for row in range(y, end):
+                add_row(lines, within, row - kept[0], column)
 
 
 @_jit
@@ -125,60 +119,28 @@ def _walk(x, by, place, lines, kept, plus, out, steps, factors, window, sums, en
     start, rows, down = walk
     top, _, windows, columns, width, _, pooled = place
     kh, kw = window
-    total, moving = begun(sums, kw)
-    line = width * pooled + LANES
-    within, to = np.array((0, line, pooled)), np.array((0, 0, pooled))
+    within, to = np.array((0, width * pooled + LANES, pooled)), np.array((0, 0, pooled))
     shape = np.array((kh, kw, 0, 0, columns))
     means, rooms = np.empty(columns * pooled, np.float32), rooms_for(steps, place)
-    if down:
-        write(total, means, to, 0, shape)
+    column, (total, moving) = together(sums)[0], begun(sums, kw)
     for n in range(rows):
         i, leaves, enters = turn(start, n, down, kh)
-        if n > 0 or not down:
-            entering = enters - kept[0]
-            if not kept[0] <= enters < kept[1]:
-                entering = kept[1] - kept[0] + spare
-                _squeeze(x, enters, by, place, lines, entering)
-            if pooled < LANES:
-                advance(lines, within, leaves - kept[0], entering, total, kw, moving)
-                write(total, means, to, 0, shape)
-            else:
-                _advance(lines, (leaves - kept[0]) * line, entering * line, total, window, means)
+        moves, leaving, entering = n > 0 or not down, leaves - kept[0], enters - kept[0]
+        if moves and not kept[0] <= enters < kept[1]:
+            entering = kept[1] - kept[0] + spare
+            _squeeze(x, enters, by, place, lines, entering)
+        if pooled >= LANES:
+            slide(lines, within, leaving, entering, moves, column, means, (0, pooled), shape)
+        else:
+            if moves:
+                advance(lines, within, leaving, entering, total, moving)
+            write(total, means, to, 0, shape)
         row = top + i
         weigh_alike(x, means, 0, plus, out, steps, factors, place, rooms, row, row + 1)
         if i == 0:
             ends[0] = means
         if i == windows - 1:
             ends[1] = means
-
-
-@_jit
-def _advance(lines, old, new, total, window, means):
-    """From the sums of a row of windows, and their means, to those of the next.
-
-    As `advance` does, for sixteen channels and more; of two lines by where they begin.
-    """
-    (kh, kw), pooled = window, total.shape[1]
-    values, sums, results = pointer(lines), pointer(total), pointer(means)
-    scale, others = repeat(1 / (kh * kw)), (kw - 1) * pooled
-    for begin in range(0, pooled, LANES):
-        c = min(begin, pooled - LANES)
-        share = load(_SHARES, LANES - (begin - c))  # nothing to those that had theirs before
-        moved = widen(zeros())
-        for at in range(c, c + others, pooled):
-            moved = add(moved, _change(values, old + at, new + at))
-        for at in range(c, len(total) * pooled, pooled):
-            last = at + others
-            moved = add(moved, _change(values, old + last, new + last))
-            here = add(load(sums, at), multiply(moved, share))
-            store(sums, at, here)
-            store(results, at, narrow(multiply(here, scale)))
-            moved = subtract(moved, _change(values, old + at, new + at))
-
-
-@_jit
-def _change(values, old, new):
-    return subtract(widen(load(values, new)), widen(load(values, old)))
 
 
 @_jit
@@ -192,18 +154,3 @@ def _squeeze(x, y, by, place, lines, to):
         at = (y * width + column) * channels
         end = results, line + column * pooled
         pointwise(RUN, (values, at), channels, by, pooled, end, (values, at + ahead))
-
-
-@_jit
-def _add(lines, at, column):
-    for i in range(np.uintp(len(column))):
-        column[i] += lines[at + i]
-
-
-@_jit
-def _add_four(lines, at, line, column):
-    second, third, fourth = at + line, at + line + line, at + line + line + line
-    for i in range(np.uintp(len(column))):
-        two = np.float64(lines[at + i]) + np.float64(lines[second + i])
-        others = np.float64(lines[third + i]) + np.float64(lines[fourth + i])
-        column[i] += two + others

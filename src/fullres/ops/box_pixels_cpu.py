@@ -1,8 +1,10 @@
 """Local mean and variance of channels-last maps on the CPU, as `box_cpu` has them.
 
-A job keeps the sums over all windows of a row. Going on to a neighbouring row of windows, the
-differences between the row of pixels that enters and the one that leaves slide along the row, and
-are added to them: a window costs the same whatever its size, and memory is read in order.
+A job keeps the sums of the columns of a row of windows. Going on to a neighbouring row of windows,
+the row of pixels that enters is added to them and the one that leaves taken away, and sums over
+windows slide along them: a window costs the same whatever its size, and memory is read in order.
+Variances, and means of few channels, are kept as sums over the windows themselves, to which the
+sliding differences are added.
 
 Jobs share the rows of windows, and each would have to sum a whole window of rows before it begins.
 So two jobs begin with the same one, and go up and down from it; its rows are summed in blocks
@@ -21,7 +23,19 @@ from numba import njit
 from torch import Tensor
 
 from fullres.ops.arrays import as_array, spanned
-from fullres.ops.lanes import AHEAD, prefetch
+from fullres.ops.lanes import (
+    AHEAD,
+    LANES,
+    add,
+    load,
+    multiply,
+    pointer,
+    prefetch,
+    repeat,
+    store,
+    subtract,
+    widen,
+)
 from fullres.ops.threads import split, spread
 
 _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
@@ -31,10 +45,10 @@ Run = tuple[int, int]
 
 SUMS = 2**21
 """Bytes of sums that a job keeps: more would leave caches, fewer would part pixels."""
-
-
-FEW = 16
-"""Channels from which on a loop over them is worth while: whole vectors."""
+CHUNK = 2**13
+"""Bytes of columns that all channels slide along before the next: less than the fastest cache."""
+_SHARES = np.repeat((0.0, 1.0), LANES)
+"""Sixteen from a place on: how much each of a vector's values counts, none before they all do."""
 
 
 class Walk(NamedTuple):
@@ -155,14 +169,37 @@ def _blocks(starts: Sequence[int], kh: int, parts: int) -> list[Run]:
 def _sum(x, place, first, last, sums):
     column = sums[0].reshape(_lines(sums.shape[1:], place[2]))
     column[:] = 0.0
+    for y in range(first, last, 4):
+        if y + 4 <= last:
+            add_four(x, place, y, column)
+        else:
+            for row in range(y, last):
+                add_row(x, place, row, column)
+
+
+@_jit
+def add_row(x, place, y, column):
+    """Add a row of pixels to sums of columns."""
+    row, step = _row(place, y)
     channels = np.uintp(column.shape[1])
-    for y in range(first, last):
-        row, step = _row(place, y)
-        for j in range(np.uintp(column.shape[0])):
-            pixel = row + j * step
-            _prefetch(x, pixel, channels)
-            for c in range(channels):
-                column[j, c] += x[pixel + c]
+    for j in range(np.uintp(column.shape[0])):
+        pixel = row + j * step
+        for c in range(channels):
+            column[j, c] += x[pixel + c]
+
+
+@_jit
+def add_four(x, place, y, column):
+    """Add four rows of pixels to sums of columns, which are then read and written once."""
+    row, step = _row(place, y)
+    channels, line = np.uintp(column.shape[1]), np.uintp(place[1])
+    for j in range(np.uintp(column.shape[0])):
+        one = row + j * step
+        two, three, four = one + line, one + line + line, one + line + line + line
+        for c in range(channels):
+            some = np.float64(x[one + c]) + np.float64(x[two + c])
+            others = np.float64(x[three + c]) + np.float64(x[four + c])
+            column[j, c] += some + others
 
 
 @_jit
@@ -184,19 +221,27 @@ def _sum_squares(x, place, first, last, sums):
 
 @_jit
 def _mean(x, out, place, target, shape, start, rows, down, sums):
-    kh, kw = shape[:2]
-    total, rooms = begun(sums, kw)
+    kh, kw, top, left = shape[:4]
+    if sums.shape[3] < LANES:
+        total, rooms = begun(sums, kw)
+        for n in range(rows):
+            i, leaves, enters = turn(start, n, down, kh)
+            if n > 0 or not down:
+                advance(x, place, leaves, enters, total, rooms)
+            write(total, out, target, i, shape)
+        return
+    columns = together(sums)[0]
     for n in range(rows):
         i, leaves, enters = turn(start, n, down, kh)
-        if n > 0 or not down:
-            advance(x, place, leaves, enters, total, kw, rooms)
-        write(total, out, target, i, shape)
+        to = target[0] + (top + i) * target[1] + left * target[2], target[2]
+        slide(x, place, leaves, enters, n > 0 or not down, columns, out, to, shape)
+        _extend(out, target, i, shape, (len(columns) - kw + 1, columns.shape[1]))
 
 
 @_jit
 def _mean_var(x, mean, var, place, to_mean, to_var, shape, start, rows, down, sums):
     kh, kw = shape[:2]
-    both = _together(sums)
+    both = together(sums)
     total, square = _slid(both[0], kw), _slid(both[1], kw)
     moved, squares_moved = np.empty(total.shape[1]), np.empty(total.shape[1])
     pivot = _pivot(x, place, total.shape[1])
@@ -212,8 +257,8 @@ def _mean_var(x, mean, var, place, to_mean, to_var, shape, start, rows, down, su
 @_jit
 def begun(sums, kw):
     """The sums of the first row of windows, and memory for `advance`."""
-    total = _slid(_together(sums)[0], kw)
-    return total, (np.empty(total.shape[1]), np.empty(sums.shape[2:]), np.empty(total.shape))
+    total = _slid(together(sums)[0], kw)
+    return total, (np.empty(sums.shape[2:]), np.empty(total.shape))
 
 
 @_jit
@@ -225,7 +270,7 @@ def turn(start, n, down, kh):
 
 
 @_jit
-def _together(sums):
+def together(sums):
     """The sums of all blocks."""
     total = sums[0].copy()
     for n in range(1, len(sums)):
@@ -246,41 +291,58 @@ def _slid(column, kw):
 
 
 @_jit
-def advance(x, place, leaves, enters, total, kw, rooms):
-    """From the sums of a row of windows to those of the next."""
-    moved, changes, moving = rooms
-    if len(moved) < FEW:
-        _next_few(x, place, leaves, enters, total, changes, moving)
-    else:
-        _next(x, place, leaves, enters, total, moved, np.uintp(kw))
+def slide(x, place, leaves, enters, moves, columns, out, to, shape):
+    """Write the means of a row of windows, from the sums of its columns, (columns, channels).
+
+    Where it `moves`, these are of the neighbouring row, and first take in the row of pixels that
+    enters and let go of the one that leaves. There are sixteen channels or more. Means are written
+    to (place of the first, step to the next).
+    """
+    (count, channels), step = columns.shape, place[2]
+    old, new = place[0] + leaves * place[1], place[0] + enters * place[1]
+    values, sums, results = pointer(x), pointer(columns), pointer(out)
+    chunk, ahead = max(1, CHUNK // (x.itemsize * channels)), AHEAD // x.itemsize
+    totals = np.zeros(channels + LANES)
+    for begin in range(0, count, chunk):
+        end = min(begin + chunk, count)
+        for v in range(0, channels, LANES):
+            c = min(v, channels - LANES)
+            share = load(_SHARES, LANES - (v - c))  # nothing to those that had theirs before
+            rows, target = (values, old + c, new + c, step, ahead), (results, to[0] + c, to[1])
+            some = sums, c, channels, begin, end
+            _slide(rows, moves, some, share, totals, v, target, shape)
 
 
 @_jit
-def _next(x, place, leaves, enters, total, moved, kw):
-    """The same for many channels."""
-    (old, step), (new, _) = _row(place, leaves), _row(place, enters)
-    channels, others = np.uintp(len(moved)), kw - np.uintp(1)
-    moved[:] = 0.0
-    for j in range(others):
-        old_at, new_at = old + j * step, new + j * step
-        _prefetch(x, old_at, channels)
-        _prefetch(x, new_at, channels)
-        for c in range(channels):
-            moved[c] += np.float64(x[new_at + c]) - np.float64(x[old_at + c])
-    for j in range(np.uintp(len(total))):
-        first_old, first_new = old + j * step, new + j * step
-        last_old, last_new = first_old + others * step, first_new + others * step
-        _prefetch(x, last_old, channels)
-        _prefetch(x, last_new, channels)
-        for c in range(channels):
-            here = moved[c] + (np.float64(x[last_new + c]) - np.float64(x[last_old + c]))
-            total[j, c] += here
-            moved[c] = here - (np.float64(x[first_new + c]) - np.float64(x[first_old + c]))
+def _slide(rows, moves, columns, share, totals, v, target, shape):
+    """The same for sixteen channels of a run of columns, from sums over windows so far."""
+    x, old, new, step, ahead = rows
+    sums, c, channels, begin, end = columns
+    out, to, further = target
+    others, scale = shape[1] - 1, repeat(1 / (shape[0] * shape[1]))
+    total = load(totals, v)
+    for j in range(begin, end):
+        here = load(sums, j * channels + c)
+        if moves:
+            leaves, enters = old + j * step, new + j * step
+            prefetch(x, leaves + ahead)
+            prefetch(x, enters + ahead)
+            change = subtract(widen(load(x, enters)), widen(load(x, leaves)))
+            here = add(here, multiply(change, share))
+            store(sums, j * channels + c, here)
+        first = j - others
+        if first > 0:
+            here = subtract(here, load(sums, (first - 1) * channels + c))
+        total = add(total, here)
+        if first >= 0:
+            store(out, to + first * further, multiply(total, scale))
+    store(totals, v, total)
 
 
 @_jit
-def _next_few(x, place, leaves, enters, total, changes, moving):
-    """The same for few, which a loop of their own would not be worth."""
+def advance(x, place, leaves, enters, total, rooms):
+    """From the sums of a row of windows to those of the next, for fewer than sixteen channels."""
+    changes, moving = rooms
     (old, step), (new, _) = _row(place, leaves), _row(place, enters)
     channels, others = changes.shape[1], len(changes) - len(total)  # others of a window's columns
     lines, length = _lines(changes.shape, step)

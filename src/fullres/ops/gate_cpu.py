@@ -122,8 +122,7 @@ def weigh_alike(x, inner, begun, plus, out, steps, factors, place, rooms, first,
     late = steps[-1, 0] == _SIGMOID and last - first == 1  # for more rows it would be repeated
     for begin in range(0, windows, RUN):
         count = min(RUN, windows - begin)
-        here = begun + begin * pooled
-        run[0, : count * pooled] = inner[here : here + count * pooled]
+        copy(inner, begun + begin * pooled, run[0], count * pooled)
         gates = _layers(run, steps, factors, len(steps) - late)
         _weigh(x, plus, out, width, first, last, left + begin, count, channels, gates, late)
         if begin == 0:
@@ -165,10 +164,25 @@ def _layers(rooms, steps, factors, count):
 
 
 @_jit
+def copy(values, at, room, count):
+    """Copy so many values to the beginning of a room."""
+    whole = count - count % LANES
+    for n in range(0, whole, LANES):
+        store(room, n, load(values, at + n))
+    for n in range(whole, count):
+        room[n] = values[at + n]
+
+
+@_jit
 def _repeat(gates, at, channels, same):
     """Repeat the gates of one position."""
-    for n in range(0, len(same) - LANES, channels):
-        same[n : n + channels] = gates[at : at + channels]
+    copy(gates, at, same, channels)
+    if channels >= LANES:  # sixteen that repeat are sixteen that were repeated
+        for n in range(channels, len(same) - LANES, LANES):
+            store(same, n, load(same, n - channels))
+    else:
+        for n in range(channels, len(same)):
+            same[n] = same[n - channels]
 
 
 @_jit

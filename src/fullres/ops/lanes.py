@@ -103,19 +103,18 @@ def _emit_load(context: Any, builder: Any, signature: Any, values: Any) -> Any:
 
 @intrinsic
 def store(context, array, at, lanes):
-    """Write sixteen values to an array from a position on, rounded to what it holds.
-
-    Doubles to an array of float64.
-    """
-    kind = _doubles if array.dtype == types.float64 else _lanes
-    return types.void(array, types.intp, kind), _emit_store
+    """Write sixteen values to an array from a position on, rounded to what it holds."""
+    return types.void(array, types.intp, lanes), _emit_store
 
 
 def _emit_store(context: Any, builder: Any, signature: Any, values: Any) -> Any:
     pointer, lanes = _pointer(context, builder, signature.args, values), values[2]
-    if signature.args[0].dtype == types.float64:
+    kind, given = signature.args[0].dtype, signature.args[2]
+    if given == _doubles and kind != types.float64:
+        lanes = builder.fptrunc(lanes, _VECTOR)
+    if kind == types.float64:
         builder.store(lanes, builder.bitcast(pointer, _WIDE.as_pointer()), align=8)
-    elif signature.args[0].dtype == types.float32:
+    elif kind == types.float32:
         builder.store(lanes, builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
     else:
         pointer = builder.bitcast(pointer, _HALVES.as_pointer())
@@ -151,13 +150,11 @@ def _emit_prefetch(context: Any, builder: Any, signature: Any, values: Any) -> A
 @intrinsic
 def widen(context, lanes):
     """The same in float64."""
-    return _doubles(lanes), lambda _, builder, __, values: builder.fpext(*values, _WIDE)
+    return _doubles(lanes), _emit_widen
 
 
-@intrinsic
-def narrow(context, doubles):
-    """The same, rounded to float32."""
-    return _lanes(doubles), lambda _, builder, __, values: builder.fptrunc(*values, _VECTOR)
+def _emit_widen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    return values[0] if signature.args[0] == _doubles else builder.fpext(*values, _WIDE)
 
 
 @intrinsic
