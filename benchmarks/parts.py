@@ -33,7 +33,7 @@ HEADER = (
     "parts",
     "global parts",
     "local parts",
-    "local ÷ global",
+    "overhead",
 )
 CASES = [case for case in cases() if case not in SMALLER]
 Times = dict[str, list[float]]

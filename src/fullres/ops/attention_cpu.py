@@ -122,7 +122,8 @@ def _walk(x, by, place, lines, kept, plus, out, steps, factors, window, sums, en
     within, to = np.array((0, width * pooled + LANES, pooled)), np.array((0, 0, pooled))
     shape = np.array((kh, kw, 0, 0, columns))
     means, rooms = np.empty(columns * pooled, np.float32), rooms_for(steps, place)
-    column, (total, moving) = together(sums)[0], begun(sums, kw)
+    summed = together(sums)[0]
+    total, moving = begun(summed, kw)
     for n in range(rows):
         i, leaves, enters = turn(start, n, down, kh)
         moves, leaving, entering = n > 0 or not down, leaves - kept[0], enters - kept[0]
@@ -130,7 +131,7 @@ def _walk(x, by, place, lines, kept, plus, out, steps, factors, window, sums, en
             entering = kept[1] - kept[0] + spare
             _squeeze(x, enters, by, place, lines, entering)
         if pooled >= LANES:
-            slide(lines, within, leaving, entering, moves, column, means, (0, pooled), shape)
+            slide(lines, within, leaving, entering, moves, summed, means, (0, pooled), shape)
         else:
             if moves:
                 advance(lines, within, leaving, entering, total, moving)

@@ -222,15 +222,15 @@ def _sum_squares(x, place, first, last, sums):
 @_jit
 def _mean(x, out, place, target, shape, start, rows, down, sums):
     kh, kw, top, left = shape[:4]
-    if sums.shape[3] < LANES:
-        total, rooms = begun(sums, kw)
+    columns = together(sums)[0]
+    if columns.shape[1] < LANES:
+        total, rooms = begun(columns, kw)
         for n in range(rows):
             i, leaves, enters = turn(start, n, down, kh)
             if n > 0 or not down:
                 advance(x, place, leaves, enters, total, rooms)
             write(total, out, target, i, shape)
         return
-    columns = together(sums)[0]
     for n in range(rows):
         i, leaves, enters = turn(start, n, down, kh)
         to = target[0] + (top + i) * target[1] + left * target[2], target[2]
@@ -255,10 +255,10 @@ def _mean_var(x, mean, var, place, to_mean, to_var, shape, start, rows, down, su
 
 
 @_jit
-def begun(sums, kw):
-    """The sums of the first row of windows, and memory for `advance`."""
-    total = _slid(together(sums)[0], kw)
-    return total, (np.empty(sums.shape[2:]), np.empty(total.shape))
+def begun(columns, kw):
+    """The sums over a row of windows from those of its columns, and memory for `advance`."""
+    total = _slid(columns, kw)
+    return total, (np.empty(columns.shape), np.empty(total.shape))
 
 
 @_jit
@@ -310,11 +310,11 @@ def slide(x, place, leaves, enters, moves, columns, out, to, shape):
             share = load(_SHARES, LANES - (v - c))  # nothing to those that had theirs before
             rows, target = (values, old + c, new + c, step, ahead), (results, to[0] + c, to[1])
             some = sums, c, channels, begin, end
-            _slide(rows, moves, some, share, totals, v, target, shape)
+            _slide_sixteen(rows, moves, some, share, totals, v, target, shape)
 
 
 @_jit
-def _slide(rows, moves, columns, share, totals, v, target, shape):
+def _slide_sixteen(rows, moves, columns, share, totals, v, target, shape):
     """The same for sixteen channels of a run of columns, from sums over windows so far."""
     x, old, new, step, ahead = rows
     sums, c, channels, begin, end = columns

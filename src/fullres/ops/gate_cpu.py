@@ -122,7 +122,7 @@ def weigh_alike(x, inner, begun, plus, out, steps, factors, place, rooms, first,
     late = steps[-1, 0] == _SIGMOID and last - first == 1  # for more rows it would be repeated
     for begin in range(0, windows, RUN):
         count = min(RUN, windows - begin)
-        copy(inner, begun + begin * pooled, run[0], count * pooled)
+        _copy(inner, begun + begin * pooled, run[0], count * pooled)
         gates = _layers(run, steps, factors, len(steps) - late)
         _weigh(x, plus, out, width, first, last, left + begin, count, channels, gates, late)
         if begin == 0:
@@ -164,7 +164,7 @@ def _layers(rooms, steps, factors, count):
 
 
 @_jit
-def copy(values, at, room, count):
+def _copy(values, at, room, count):
     """Copy so many values to the beginning of a room."""
     whole = count - count % LANES
     for n in range(0, whole, LANES):
@@ -176,7 +176,7 @@ def copy(values, at, room, count):
 @_jit
 def _repeat(gates, at, channels, same):
     """Repeat the gates of one position."""
-    copy(gates, at, same, channels)
+    _copy(gates, at, same, channels)
     if channels >= LANES:  # sixteen that repeat are sixteen that were repeated
         for n in range(channels, len(same) - LANES, LANES):
             store(same, n, load(same, n - channels))

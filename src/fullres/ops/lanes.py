@@ -103,8 +103,12 @@ def _emit_load(context: Any, builder: Any, signature: Any, values: Any) -> Any:
 
 @intrinsic
 def store(context, array, at, lanes):
-    """Write sixteen values to an array from a position on, rounded to what it holds."""
-    return types.void(array, types.intp, lanes), _emit_store
+    """Write sixteen values to an array from a position on, rounded to what it holds.
+
+    To one of float64 only doubles.
+    """
+    kind = _doubles if array.dtype == types.float64 else lanes
+    return types.void(array, types.intp, kind), _emit_store
 
 
 def _emit_store(context: Any, builder: Any, signature: Any, values: Any) -> Any:
