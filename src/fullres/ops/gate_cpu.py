@@ -123,7 +123,7 @@ def weigh_alike(x, inner, begun, plus, out, steps, factors, place, rooms, first,
     for begin in range(0, windows, RUN):
         count = min(RUN, windows - begin)
         _copy(inner, begun + begin * pooled, run[0], count * pooled)
-        gates = _layers(run, steps, factors, len(steps) - late)
+        gates = _layers(run, count, steps[: len(steps) - late], factors)
         _weigh(x, plus, out, width, first, last, left + begin, count, channels, gates, late)
         if begin == 0:
             _repeat(gates, 0, channels, same)
@@ -146,18 +146,17 @@ def _end_of_alike(row, rows, top, first, last):
 
 
 @_jit
-def _layers(rooms, steps, factors, count):
-    """What the first layers make of a run of positions in the first room, in one of the rooms."""
+def _layers(rooms, count, steps, factors):
+    """What layers make of so many positions in the first room, in one of the rooms."""
     here = 0
-    for n in range(count):
-        what, given, channels, place = steps[n]
+    for what, given, channels, place in steps:
         if what == _CONVOLUTION:
             by, out = factors[place:], rooms[1 - here]
-            pointwise(RUN, (rooms[here], 0), given, by, channels, (out, 0), None)
+            pointwise(count, (rooms[here], 0), given, by, channels, (out, 0), None)
             here = 1 - here
         else:
             room = rooms[here]
-            for at in range(0, RUN * channels, LANES):
+            for at in range(0, count * channels, LANES):
                 values = load(room, at)
                 store(room, at, relu(values) if what == _RELU else sigmoid(values))
     return rooms[here]
