@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch.autograd import gradcheck, gradgradcheck
 
+from fullres.ops import box_pixels_cpu
 from fullres.ops.box import (
     local_max,
     local_mean,
@@ -76,6 +77,31 @@ def test_equals_the_definition(case):
         assert (found_mean.double() - mean).abs().max() <= 0.51 * eps * scale + 1e-7 * eps
         assert (found_var.double() - var).abs().max() <= 0.51 * eps * scale**2 + 2e-8 * eps
         assert found_var.min() >= 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_results_larger_than_caches_are_written_wherever_they_lie(data):
+    """Past caches or not, as vectors lie in lines of cache or not; and nothing beside them."""
+    channels = data.draw(st.sampled_from([16, 24, 32, 48, 160]))
+    step = channels + data.draw(st.sampled_from([0, 8, 16]))
+    width = data.draw(st.integers(20, 90))
+    kh, kw = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 20))
+    replicate = data.draw(st.booleans())
+    rows = box_pixels_cpu.CACHED // (4 * step * (width - kw + 1)) + 2
+    height = rows + kh - 1
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    x = torch.randn(1, channels, height, width, generator=generator)
+    x = x.contiguous(memory_format=torch.channels_last)
+    exact = local_mean_reference(x, (kh, kw), replicate=replicate)
+    memory = torch.full((exact[0, 0].numel() * step + 32,), torch.nan)
+    offset = data.draw(st.sampled_from([0, 1, 8, 16]))
+    strides = (0, 1, exact.shape[3] * step, step)
+    found = memory.as_strided(exact.shape, strides, storage_offset=offset)
+    box_pixels_cpu.local_mean(x, (found,), kh, kw, replicate)
+    torch.testing.assert_close(found, exact, rtol=2**-23, atol=1e-12)
+    found.fill_(torch.nan)
+    assert memory.isnan().all()
 
 
 @settings(max_examples=60, deadline=None)

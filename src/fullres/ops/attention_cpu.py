@@ -131,7 +131,7 @@ def _walk(x, by, place, lines, kept, plus, out, steps, factors, window, sums, en
             entering = kept[1] - kept[0] + spare
             _squeeze(x, enters, by, place, lines, entering)
         if pooled >= LANES:
-            slide(lines, within, leaving, entering, moves, summed, means, (0, pooled), shape)
+            slide(lines, within, leaving, entering, moves, summed, means, (0, pooled, False), shape)
         else:
             if moves:
                 advance(lines, within, leaving, entering, total, moving)

@@ -27,12 +27,14 @@ from fullres.ops.lanes import (
     AHEAD,
     LANES,
     add,
+    drain,
     load,
     multiply,
     pointer,
     prefetch,
     repeat,
     store,
+    stream,
     subtract,
     widen,
 )
@@ -47,6 +49,8 @@ SUMS = 2**21
 """Bytes of sums that a job keeps: more would leave caches, fewer would part pixels."""
 CHUNK = 2**13
 """Bytes of columns that all channels slide along before the next: less than the fastest cache."""
+CACHED = 2**21
+"""Bytes of a result that may be in cache when it is read: larger ones are written past caches."""
 _SHARES = np.repeat((0.0, 1.0), LANES)
 """Sixteen from a place on: how much each of a vector's values counts, none before they all do."""
 
@@ -233,9 +237,19 @@ def _mean(x, out, place, target, shape, start, rows, down, sums):
         return
     for n in range(rows):
         i, leaves, enters = turn(start, n, down, kh)
-        to = target[0] + (top + i) * target[1] + left * target[2], target[2]
-        slide(x, place, leaves, enters, n > 0 or not down, columns, out, to, shape)
+        to, further = target[0] + (top + i) * target[1] + left * target[2], target[2]
+        streams = out.nbytes > CACHED and _in_lines(out, to, further, columns.shape[1])
+        where = to, further, streams
+        slide(x, place, leaves, enters, n > 0 or not down, columns, out, where, shape)
         _extend(out, target, i, shape, (len(columns) - kw + 1, columns.shape[1]))
+    drain()
+
+
+@_jit
+def _in_lines(out, to, further, channels):
+    """Whether vectors of so many channels, from a place on, lie in one line of cache each."""
+    first = out.ctypes.data // out.itemsize + to
+    return first % LANES == 0 and further % LANES == 0 and channels % LANES == 0
 
 
 @_jit
@@ -296,7 +310,7 @@ def slide(x, place, leaves, enters, moves, columns, out, to, shape):
 
     Where it `moves`, these are of the neighbouring row, and first take in the row of pixels that
     enters and let go of the one that leaves. There are sixteen channels or more. Means are written
-    to (place of the first, step to the next).
+    to (place of the first, step to the next, whether past caches).
     """
     (count, channels), step = columns.shape, place[2]
     old, new = place[0] + leaves * place[1], place[0] + enters * place[1]
@@ -308,7 +322,7 @@ def slide(x, place, leaves, enters, moves, columns, out, to, shape):
         for v in range(0, channels, LANES):
             c = min(v, channels - LANES)
             share = load(_SHARES, LANES - (v - c))  # nothing to those that had theirs before
-            rows, target = (values, old + c, new + c, step, ahead), (results, to[0] + c, to[1])
+            rows, target = (values, old + c, new + c, step, ahead), (results, to[0] + c, *to[1:])
             some = sums, c, channels, begin, end
             _slide_sixteen(rows, moves, some, share, totals, v, target, shape)
 
@@ -318,7 +332,7 @@ def _slide_sixteen(rows, moves, columns, share, totals, v, target, shape):
     """The same for sixteen channels of a run of columns, from sums over windows so far."""
     x, old, new, step, ahead = rows
     sums, c, channels, begin, end = columns
-    out, to, further = target
+    out, to, further, streams = target
     others, scale = shape[1] - 1, repeat(1 / (shape[0] * shape[1]))
     total = load(totals, v)
     for j in range(begin, end):
@@ -335,7 +349,10 @@ def _slide_sixteen(rows, moves, columns, share, totals, v, target, shape):
             here = subtract(here, load(sums, (first - 1) * channels + c))
         total = add(total, here)
         if first >= 0:
-            store(out, to + first * further, multiply(total, scale))
+            if streams:
+                stream(out, to + first * further, multiply(total, scale))
+            else:
+                store(out, to + first * further, multiply(total, scale))
     store(totals, v, total)
 
 

@@ -111,7 +111,9 @@ def store(context, array, at, lanes):
     return types.void(array, types.intp, kind), _emit_store
 
 
-def _emit_store(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+def _emit_store(
+    context: Any, builder: Any, signature: Any, values: Any, *, past_caches: bool = False
+) -> Any:
     pointer, lanes = _pointer(context, builder, signature.args, values), values[2]
     kind, given = signature.args[0].dtype, signature.args[2]
     if given == _doubles and kind != types.float64:
@@ -119,10 +121,34 @@ def _emit_store(context: Any, builder: Any, signature: Any, values: Any) -> Any:
     if kind == types.float64:
         builder.store(lanes, builder.bitcast(pointer, _WIDE.as_pointer()), align=8)
     elif kind == types.float32:
-        builder.store(lanes, builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
+        align = 4 * LANES if past_caches else 4
+        written = builder.store(lanes, builder.bitcast(pointer, _VECTOR.as_pointer()), align=align)
+        if past_caches:
+            written.set_metadata("nontemporal", builder.module.add_metadata([_WORD(1)]))
     else:
         pointer = builder.bitcast(pointer, _HALVES.as_pointer())
         builder.store(_rounded(builder, lanes), pointer, align=2)
+    return context.get_dummy_value()
+
+
+@intrinsic
+def stream(context, array, at, lanes):
+    """Write sixteen values as `store` does, floats past caches, without reading what was there.
+
+    For what caches do not hold until it is read again. The vector lies in one line of cache, of 64
+    bytes; `drain` comes before others may read it.
+    """
+    return types.void(array, types.intp, lanes), partial(_emit_store, past_caches=True)
+
+
+@intrinsic
+def drain(context):
+    """Let all that this thread wrote reach memory before what it writes next."""
+    return types.void(), _emit_drain
+
+
+def _emit_drain(context: Any, builder: Any, *_: Any) -> Any:
+    builder.fence("seq_cst")
     return context.get_dummy_value()
 
 
