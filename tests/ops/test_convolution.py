@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
+import numba
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,10 +19,11 @@ from torch._subclasses import FakeTensorMode
 
 from fullres.networks.layers import Conv2d
 from fullres.ops import convolution as dispatch
-from fullres.ops import pointwise_cpu, winograd_cpu
+from fullres.ops import pointwise_cpu, products_cpu, winograd_cpu
 from fullres.ops.convolution import convolution
+from fullres.ops.lanes import LANES, pointer
 
-EPS = torch.finfo(torch.float32).eps
+HALVES = pytest.mark.skipif(not winograd_cpu.PAIRS, reason="needs products of bfloat16")
 LARGE = (1, 48, 80, 96)
 """A shape that the kernel serves."""
 
@@ -33,7 +37,7 @@ def drawn(shape, outs, seed=0):
 
 def bound(x, weight):
     """What rounding may add: some units in the last place of the largest sum there could be."""
-    return 4 * EPS * x.abs().max() * weight.abs().sum((1, 2, 3)).max()
+    return 4 * torch.finfo(x.dtype).eps * x.abs().max() * weight.abs().sum((1, 2, 3)).max()
 
 
 @settings(max_examples=120, deadline=None)
@@ -47,17 +51,23 @@ def bound(x, weight):
     biased=st.booleans(),
     offset=st.sampled_from([0.0, 30.0]),
     scale=st.sampled_from([1e-20, 1.0, 1e20]),
+    half=st.booleans(),
 )
 @torch.no_grad()
-def test_agrees_with_float64(batch, channels, outs, height, width, padding, biased, offset, scale):
+def test_agrees_with_float64(
+    batch, channels, outs, height, width, padding, biased, offset, scale, half
+):
     height, width = (max(side, 3 - 2 * padding) for side in (height, width))
     x, weight, bias = drawn((batch, channels, height, width), outs, seed=height * width)
     x, bias = (x + offset) * scale, bias * scale if biased else None
+    if half and winograd_cpu.PAIRS and channels % 2 == 0:
+        x, weight = x.bfloat16(), weight.bfloat16()
+        bias = bias.bfloat16() if biased else None
     found = winograd_cpu.convolve(x, weight, bias, padding)
     exact = F.conv2d(
         x.double(), weight.double(), None if bias is None else bias.double(), padding=padding
     )
-    assert found.shape == exact.shape
+    assert (found.shape, found.dtype) == (exact.shape, x.dtype)
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert (found - exact).abs().max() <= bound(x, weight)
 
@@ -121,6 +131,57 @@ def test_rounding_is_near_that_of_direct_sums():
     assert found <= 2.5 * direct
 
 
+@HALVES
+@torch.no_grad()
+def test_bfloat16_rounds_as_much_as_is_said():
+    x, weight, bias = (t.bfloat16() for t in drawn((1, 64, 96, 96), 64))
+    for values, times in ((x, 8), (F.avg_pool2d(x.float(), 5, 1).abs().bfloat16(), 4)):
+        exact = F.conv2d(values.double(), weight.double(), bias.double(), padding=1)
+        direct, found = (
+            (convolve(values, weight, bias, padding=1) - exact).square().mean().sqrt()
+            for convolve in (F.conv2d, winograd_cpu.convolve)
+        )
+        assert found <= times * direct
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=HALVES)])
+@pytest.mark.skipif(not products_cpu.WIDE, reason="has fewer registers")
+def test_sums_stay_in_registers(dtype):
+    """The loops over channels write nothing, to the stack or elsewhere."""
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def product(width, values, factors, sums, count, depth):
+        products_cpu.matmul(
+            *(width, count, depth, (pointer(values), 0, depth)),
+            *((pointer(factors), 0, width * LANES), (pointer(sums), 0)),
+            *((pointer(sums), 0, width * LANES), None),
+        )
+
+    array = numba.typeof(np.zeros(1, np.float32 if dtype == torch.float32 else np.uint32))
+    sums = numba.typeof(np.zeros(1, np.float32))
+    product.compile((numba.intp, array, array, sums, numba.intp, numba.intp))
+    (code,) = product.inspect_asm().values()
+    step = "vfmadd" if dtype == torch.float32 else "vdpbf16ps"
+    loops = [loop for loop in loops_of(code) if sum(step in line for line in loop) >= 24]
+    assert loops
+    for loop in loops:
+        assert not any(re.search(r"mov.*%zmm\d+, .*\(", line) for line in loop)
+
+
+def loops_of(code):
+    """Innermost loops of assembly, as lines from a label to the jump back to it."""
+    lines, labels, begins = code.splitlines(), {}, {}
+    for n, line in enumerate(lines):
+        if label := re.match(r"(\S+):", line):
+            labels[label[1]] = n
+        elif (jump := re.match(r"\s+j\w+\s+(\S+)", line)) and jump[1] in labels:
+            begins[n] = labels[jump[1]]
+    for end, begin in begins.items():
+        if not any(begin < other < n < end for n, other in begins.items()):
+            yield lines[begin:end]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_picture_is_convolved_alike_in_any_company(threads):
@@ -153,7 +214,8 @@ def test_what_is_not_finite_reaches_its_tiles_only():
         ("large", True),
         ("few channels", False),
         ("few pixels", False),
-        ("bfloat16", False),
+        ("bfloat16", winograd_cpu.HALVES),
+        ("bfloat16, an odd channel", False),
         ("float64", False),
         ("rows of channels", False),
         ("5 × 5", False),
@@ -171,6 +233,9 @@ def test_what_the_kernel_serves(monkeypatch, kind, served):
         x = x[..., :12, :].contiguous(memory_format=torch.channels_last)
     elif kind in ("bfloat16", "float64"):
         x, weight, bias = (t.to(getattr(torch, kind)) for t in (x, weight, bias))
+    elif kind == "bfloat16, an odd channel":
+        x, weight, bias = (t.bfloat16() for t in (x[:, :47], weight[:, :47], bias))
+        x = x.contiguous(memory_format=torch.channels_last)
     elif kind == "rows of channels":
         x = x.contiguous()
     elif kind == "5 × 5":
@@ -194,7 +259,8 @@ def test_what_the_kernel_serves(monkeypatch, kind, served):
     assert found.dtype == expected.dtype
     assert found.requires_grad == (kind == "derived")
     if kind != "meta":
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        tolerance = 1e-4 if expected.dtype != torch.bfloat16 else bound(x, weight).item()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=tolerance)
 
 
 @torch.no_grad()

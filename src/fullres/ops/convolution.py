@@ -27,9 +27,12 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: 
     Returns:
         (B, K, H + 2 * padding - h + 1, W + 2 * padding - w + 1). Large channels-last maps in
         float32 on the CPU go through our kernel for 3 × 3 weights, padded by 0 or 1, where no
-        derivatives are recorded. Rounding adds about twice as much there as in direct sums, and a
-        value that is not finite reaches all outputs of the 4 × 4 tiles that it has a part in.
-        1 × 1 weights to few channels have another, for maps larger than caches.
+        derivatives are recorded; so do those in bfloat16 from an even number of channels, where
+        the processor multiplies pairs of these but not matrices. Rounding adds about twice as much
+        there as in direct sums, in bfloat16, whose transforms are rounded, three to seven times as
+        much; and a value that is not finite reaches all outputs of the 4 × 4 tiles that it has a
+        part in. 1 × 1 weights to few channels have another kernel, in float32, for maps larger
+        than caches.
 
     >>> convolution(torch.ones(1, 1, 2, 3), torch.ones(1, 1, 3, 3), padding=1)
     tensor([[[[4., 6., 4.],
@@ -41,9 +44,11 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: 
         if weight.shape[2:] == (3, 3) and padding in (0, 1) and _large(min(outs, channels), pixels):
             from fullres.ops import winograd_cpu
 
-            return winograd_cpu.convolve(x, weight, bias, padding)
+            if x.dtype == torch.float32 or (winograd_cpu.HALVES and channels % 2 == 0):
+                return winograd_cpu.convolve(x, weight, bias, padding)
         if (
-            weight.shape[2:] == (1, 1)
+            x.dtype == torch.float32
+            and weight.shape[2:] == (1, 1)
             and padding == 0
             and outs <= FEW
             and channels * pixels >= UNCACHED
@@ -60,7 +65,7 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     others = (weight,) if bias is None else (weight, bias)
     alike = all(t.dtype == x.dtype and len(t) == len(weight) for t in others)
-    return alike and for_kernel(x, *others, dtypes=(torch.float32,))
+    return alike and for_kernel(x, *others, dtypes=(torch.float32, torch.bfloat16))
 
 
 def _large(channels: int, pixels: int) -> bool:

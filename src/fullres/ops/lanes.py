@@ -17,7 +17,8 @@ from math import factorial, log
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from llvmlite.binding import get_host_cpu_features, llvm_version_info
+from numba import config, types
 from numba.core.cgutils import get_or_insert_function, voidptr_t
 from numba.extending import intrinsic, models, register_model
 from numba.np.arrayobj import make_array
@@ -29,6 +30,26 @@ AHEAD = 2**13
 _FLOAT, _WORD, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 _VECTOR, _WORDS, _HALVES = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _WORD, _HALF))
 _WIDE = ir.VectorType(ir.DoubleType(), LANES)
+
+
+def processor_has(feature: str) -> bool:
+    """Whether kernels may use what LLVM knows by this name of a processor's features."""
+    told = config.CPU_FEATURES  # what numba was told, where it was told
+    if told:
+        return f"+{feature}" in told.split(",")
+    return bool(get_host_cpu_features().get(feature, False))
+
+
+class _Brain(ir.Type):
+    """LLVM's bfloat16, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
+PAIRS = processor_has("avx512bf16") and llvm_version_info[0] >= 16
+"""Whether pairs of bfloat16 are multiplied and added in one step."""
+_PAIRS = ir.VectorType(_Brain(), 2 * LANES)
 
 
 class Lanes(types.Type):
@@ -160,6 +181,24 @@ def _rounded(builder: Any, lanes: Any) -> Any:
     number = builder.fcmp_ordered("ord", lanes, lanes)
     nearest = builder.select(number, nearest, builder.or_(bits, _words(0x400000)))
     return builder.trunc(builder.lshr(nearest, _words(16)), _HALVES)
+
+
+@intrinsic
+def store_words(context, array, at, lanes, others):
+    """Write sixteen values to an array of float32 from a position on, as they are; or, to one of
+    uint32, sixteen pairs of them and others, rounded to bfloat16.
+    """
+    return types.void(array, types.intp, lanes, others), _emit_words
+
+
+def _emit_words(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    if signature.args[0].dtype == types.float32:
+        return _emit_store(context, builder, signature, values)
+    low, high = (builder.zext(_rounded(builder, half), _WORDS) for half in values[2:])
+    words = builder.or_(low, builder.shl(high, _words(16)))
+    pointer = _pointer(context, builder, signature.args, values)
+    builder.store(words, builder.bitcast(pointer, _WORDS.as_pointer()), align=4)
+    return context.get_dummy_value()
 
 
 @intrinsic
@@ -346,7 +385,8 @@ def add_outer(context, block, array, at, stride, other, to):
     """To the n-th row of a block add what `other` holds from `to` on, as wide as the block, times
     the value that `array` holds at `at + n * stride`.
 
-    Both arrays hold float32.
+    Both arrays hold float32; or, where `PAIRS`, pairs of bfloat16 as uint32, of which both products
+    are added.
     """
     return block(block, array, types.intp, types.intp, other, types.intp), _emit_outer
 
@@ -358,15 +398,26 @@ def _emit_outer(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         builder.load(_vector(context, builder, arguments[3:], (other, to), v), align=4)
         for v in range(kind.vectors)
     ]
+    step = _fma if arguments[0].dtype == types.float32 else _add_pairs
     for n in range(kind.rows):
         value = builder.load(_pointer(context, builder, arguments, (array, at)))
+        value = builder.bitcast(value, _FLOAT)
         at = builder.add(at, stride)
         first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _WORD(0))
         same = builder.shuffle_vector(first, first, ir.Constant(_WORDS, None))
         for i, vector in enumerate(row, n * kind.vectors):
-            total = _fma(builder, same, vector, builder.extract_value(block, i))
+            total = step(builder, same, vector, builder.extract_value(block, i))
+            # lest LLVM unroll the loop around this, which spills the sums to the stack
+            total.attributes.add("convergent")
             block = builder.insert_value(block, total, i)
     return block
+
+
+def _add_pairs(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """`c` plus the products of both halves of each word of `a` and `b`."""
+    kind = ir.FunctionType(_VECTOR, [_VECTOR, _PAIRS, _PAIRS])
+    function = get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+    return builder.call(function, (c, builder.bitcast(a, _PAIRS), builder.bitcast(b, _PAIRS)))
 
 
 @intrinsic
@@ -402,7 +453,7 @@ def combining(matrix: Sequence[Sequence[float]]) -> Any:
 
     `combine(array, at, stride, target, to, step, start)` takes one vector a column of the matrix
     from `array`, the n-th from `at + n * stride` on, and writes one a row, with `start` added to
-    each, to `target`, the n-th from `to + n * step` on. Both arrays hold float32.
+    each, to `target`, the n-th from `to + n * step` on. Arrays hold float32 or bfloat16.
     """
 
     @intrinsic
@@ -412,17 +463,16 @@ def combining(matrix: Sequence[Sequence[float]]) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         array, at, stride, target, to, step, start = values
+        written = types.void(signature.args[3], types.intp, _lanes)
         given = []
         for _ in matrix[0]:
-            pointer = _vector(context, builder, signature.args, (array, at), 0)
-            given.append(builder.load(pointer, align=4))
+            given.append(_emit_load(context, builder, signature, (array, at)))
             at = builder.add(at, stride)
         for row in matrix:
             total = start
             for factor, vector in zip(row, given, strict=True):
                 total = _fma(builder, _floats(factor), vector, total) if factor else total
-            pointer = _vector(context, builder, signature.args[3:], (target, to), 0)
-            builder.store(total, pointer, align=4)
+            _emit_store(context, builder, written, (target, to, total))
             to = builder.add(to, step)
         return context.get_dummy_value()
 

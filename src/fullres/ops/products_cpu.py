@@ -6,16 +6,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite.binding import get_host_cpu_features
-from numba import config, njit
+from numba import njit
 from torch import Tensor
 
-from fullres.ops.lanes import LANES, add_outer, blocks, pointer, prefetch, store_block
+from fullres.ops.lanes import (
+    LANES,
+    add_outer,
+    blocks,
+    pointer,
+    prefetch,
+    processor_has,
+    store_block,
+)
 
 _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
-_features = config.CPU_FEATURES  # what numba was told, where it was told
-WIDE = "+avx512f" in _features if _features else get_host_cpu_features().get("avx512f", False)
+WIDE = processor_has("avx512f")
 """Whether 24 vectors of sums stay in registers beside their factors; else six do, in parts."""
 ROWS = 24 if WIDE else 6
 """What the number of rows is rounded up to."""
@@ -37,8 +43,9 @@ def matmul(width, count, depth, a, b, start, out, soon):
     """Write the product of `a` (count, depth) and `b` (depth, width * LANES), plus a row, to `out`.
 
     A matrix is (pointer, place of its first value, from row to row), and the row that is added to
-    every row (pointer, place of its first value), all of float32. Rows are computed, and written,
-    up to the next multiple of `ROWS`. As many values as `a` has are fetched for `soon`, from
+    every row (pointer, place of its first value), all of float32; or, of `a` and `b`, pairs of
+    bfloat16 as `add_outer` has them. Rows are computed, and written, up to the next multiple of
+    `ROWS`. As many values as `a` has are fetched for `soon`, from
     (pointer, place of the first) on, where that is not None.
     """
     if width == 3:

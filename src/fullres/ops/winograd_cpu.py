@@ -6,6 +6,8 @@ which overlap, and the weights are transformed; their products, summed over chan
 transformed back. How much rounding adds depends on the points at which the transforms evaluate
 polynomials; with those here it stays near that of direct sums.
 
+Of bfloat16, transforms are computed in float32 and rounded, and products are summed in float32.
+
 A run of tiles passes at a time, so that all between the map and the result stays in cache.
 """
 
@@ -18,8 +20,18 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from fullres.ops.arrays import as_rows
-from fullres.ops.lanes import LANES, combining, load, pointer, zeros
+from fullres.ops.arrays import as_array, as_rows
+from fullres.ops.lanes import (
+    LANES,
+    PAIRS,
+    combining,
+    load,
+    pointer,
+    prefetch,
+    processor_has,
+    store_words,
+    zeros,
+)
 from fullres.ops.products_cpu import matmul, next_width
 from fullres.ops.threads import split, spread
 
@@ -33,6 +45,8 @@ RUN = 24
 POINTS = (0, 0.625, -0.625, 1.5, -1.5)
 """Where polynomials are evaluated, beside infinity. Those of most libraries, up to 2, round off
 twice as much."""
+HALVES = PAIRS and not processor_has("amx-bf16")
+"""Whether bfloat16 pays: instructions for matrices, which the library has, are faster."""
 
 
 def _transforms() -> tuple[Any, Any, Any]:
@@ -56,21 +70,22 @@ _tile, _weigh, _output = (combining(matrix) for matrix in _transforms())
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     """As `fullres.ops.convolution` has it, of a channels-last map in float32.
 
-    From at least `LANES` channels to at least as many.
+    From at least `LANES` channels to at least as many. Where `PAIRS`, also in bfloat16, from an
+    even number of channels.
     """
     batch, channels, height, width = x.shape
     outs = len(weight)
     shape = (batch, outs, height + 2 * padding - 2, width + 2 * padding - 2)
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-    start = torch.zeros(outs) if bias is None else bias.detach().contiguous()
+    start = torch.zeros(outs) if bias is None else bias.detach().float().contiguous()
     vectors = -(-outs // LANES)
     threads = torch.get_num_threads()
 
-    taps = weight.detach().permute(2, 3, 1, 0).flatten().numpy()
-    factors = torch.empty(PLANES, _apart(channels * vectors * LANES)).numpy()
-    spread(
-        [(_transformed, taps, channels, outs, factors, *run) for run in split(channels, threads)]
-    )
+    taps = as_array(weight.permute(2, 3, 1, 0).flatten())
+    words = channels // _in_word(taps)
+    factors = torch.empty(PLANES, _apart(words * vectors * LANES)).numpy()
+    factors = factors if words == channels else factors.view(np.uint32)
+    spread([(_transformed, taps, channels, outs, factors, *run) for run in split(words, threads)])
     run = RUN if channels + outs <= 256 else 2 * RUN
     across, down = -(-shape[3] // SIDE), -(-shape[2] // SIDE)
     runs = split(-(-across * down // run), 4 * threads)
@@ -90,8 +105,14 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Te
 
 
 @_jit
+def _in_word(array):
+    """Values of an array that a word of 32 bits holds, as products take them: two of bfloat16."""
+    return 4 // array.itemsize
+
+
+@_jit
 def _apart(length):
-    """From plane to plane of so many values: an odd number of vectors, lest a value's places in all
+    """From plane to plane of so many words: an odd number of vectors, lest a value's places in all
     planes be places in cache of the same few lines.
     """
     vectors = -(-length // LANES)
@@ -113,48 +134,56 @@ def _room(length):
 def _transformed(taps, channels, outs, factors, first, last):
     """Transform the weights (3, 3, C, K) of a run of channels, to be read by blocks of products.
 
-    Those of a plane lie together, in them those of a block, in them those of a channel.
+    Those of a plane lie together, in them those of a block, in them those of a word of channels.
     """
-    room, nothing = _room(3 * TILE * LANES), zeros()
+    some, room, nothing = _in_word(taps), _room(3 * TILE * LANES), zeros()
+    planes = _room(some * PLANES * LANES)
     vectors, plane, target = -(-outs // LANES), factors.shape[1], pointer(factors)
-    for c in range(first, last):
+    for word in range(first, last):
         begin = 0
         while begin < vectors:
             width = next_width(vectors - begin)
             for n in range(width):
-                at = c * outs + min((begin + n) * LANES, outs - LANES)
-                to = begin * channels * LANES + (c * width + n) * LANES
-                for r in range(3):
-                    row = at + 3 * r * channels * outs
-                    _weigh(taps, row, channels * outs, room, r * TILE * LANES, LANES, nothing)
-                for j in range(TILE):
-                    at_j, to_j = j * LANES, to + j * plane
-                    _weigh(room, at_j, TILE * LANES, target, to_j, TILE * plane, nothing)
+                for c in range(some):
+                    at = (word * some + c) * outs + min((begin + n) * LANES, outs - LANES)
+                    for r in range(3):
+                        row = at + 3 * r * channels * outs
+                        _weigh(taps, row, channels * outs, room, r * TILE * LANES, LANES, nothing)
+                    for j in range(TILE):
+                        to = (c * PLANES + j) * LANES
+                        _weigh(room, j * LANES, TILE * LANES, planes, to, TILE * LANES, nothing)
+                to = begin * (channels // some) * LANES + (word * width + n) * LANES
+                for p in range(PLANES):
+                    values = load(planes, p * LANES)
+                    others = load(planes, ((some - 1) * PLANES + p) * LANES)
+                    store_words(target, to + p * plane, values, others)
             begin += width
 
 
 @_jit
 def _convolved(x, channels, padding, out, bias, factors, run, first, last):
     """Make a run of tiles, counted along the rows, of a result (H', W' * K) of rows (H, W * C)."""
-    outs = len(bias)
-    width, out_width = x.shape[1] // channels, out.shape[1] // outs
+    outs, some = len(bias), _in_word(x)
+    out_width = out.shape[1] // outs
     across = -(-out_width // SIDE)
-    tiles = _room(PLANES * _apart(run * channels)).reshape(PLANES, -1)
+    tiles = _room(PLANES * _apart(run * channels // some)).reshape(PLANES, -1)
     sums = _room(PLANES * _apart(run * -(-outs // LANES) * LANES)).reshape(PLANES, -1)
     room = _room(PLANES * LANES)
-    pixels = _room(TILE * TILE * channels).reshape(TILE, -1)
-    results = _room(SIDE * SIDE * outs).reshape(SIDE, -1)
+    pixels = np.zeros((TILE, TILE * channels), x.dtype)
+    results = np.zeros((SIDE, SIDE * outs), x.dtype)
     for begin in range(first, last, run):
         count = min(run, last - begin)
         for n in range(count):
-            top, left = divmod(begin + n, across)
-            top, left = top * SIDE - padding, left * SIDE - padding
-            if min(top, left) >= 0 and top + TILE <= len(x) and left + TILE <= width:
-                _take(x, top, left, channels, tiles, n, room)
+            top, left, inside = _corner(begin + n, across, padding, x, channels)
+            if inside:
+                _take(x, top, left, channels, tiles.view(x.dtype), n, room)
             else:
                 _cut(x, top, left, channels, pixels)
-                _take(pixels, 0, 0, channels, tiles, n, room)
-        _multiply(tiles, channels, factors, outs, sums, count)
+                _take(pixels, 0, 0, channels, tiles.view(x.dtype), n, room)
+            top, left, inside = _corner(begin + n + run, across, padding, x, channels)
+            if inside:
+                _fetch(x, top, left, channels)
+        _multiply(tiles.view(factors.dtype), channels // some, factors, outs, sums, count)
         for n in range(count):
             top, left = divmod(begin + n, across)
             top, left = top * SIDE, left * SIDE
@@ -165,6 +194,24 @@ def _convolved(x, channels, padding, out, bias, factors, run, first, last):
                 for r in range(top, min(top + SIDE, len(out))):
                     for c in range(left * outs, min(left + SIDE, out_width) * outs):
                         out[r, c] = results[r - top, c - left * outs]
+
+
+@_jit
+def _corner(n, across, padding, x, channels):
+    """First row and column of the n-th tile, and whether all of it lies in the map."""
+    top, left = divmod(n, across)
+    top, left = top * SIDE - padding, left * SIDE - padding
+    bottom, right = top + TILE, (left + TILE) * channels
+    return top, left, min(top, left) >= 0 and bottom <= len(x) and right <= x.shape[1]
+
+
+@_jit
+def _fetch(x, top, left, channels):
+    """Have the processor fetch the tile with this corner but for its last columns."""
+    source, row = pointer(x), x.shape[1]
+    for r in range(TILE):
+        for c in range(0, SIDE * channels, LANES * _in_word(x)):
+            prefetch(source, (top + r) * row + left * channels + c)
 
 
 @_jit
