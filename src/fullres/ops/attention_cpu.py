@@ -30,7 +30,7 @@ from fullres.ops.box_pixels_cpu import (
 )
 from fullres.ops.frames import Frame
 from fullres.ops.gate import Layer
-from fullres.ops.gate_cpu import program, rooms_for, values_of, weigh, weigh_alike
+from fullres.ops.gate_cpu import program, rooms_for, values_of, weigh, weigh_row
 from fullres.ops.lanes import AHEAD, LANES, pointer
 from fullres.ops.products_cpu import factors_of, pointwise
 from fullres.ops.threads import split, spread
@@ -136,8 +136,7 @@ def _walk(x, by, place, lines, kept, plus, out, steps, factors, window, sums, en
             if moves:
                 advance(lines, within, leaving, entering, total, moving)
             write(total, means, to, 0, shape)
-        row = top + i
-        weigh_alike(x, means, 0, plus, out, steps, factors, place, rooms, row, row + 1)
+        weigh_row(x, means, 0, plus, out, steps, factors, place, rooms, top + i)
         if i == 0:
             ends[0] = means
         if i == windows - 1:

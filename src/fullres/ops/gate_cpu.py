@@ -23,6 +23,7 @@ from fullres.ops.lanes import (
     fma,
     load,
     multiply,
+    pointer,
     prefetch,
     relu,
     sigmoid,
@@ -100,41 +101,60 @@ def weigh(x, inner, plus, out, steps, factors, place, first, last):
         row = min(max(first - top, 0), rows - 1)
         end = _end_of_alike(row, rows, top, first, last)
         at = row * windows * pooled
-        weigh_alike(x, inner, at, plus, out, steps, factors, place, rooms, first, end)
+        if end - first == 1:
+            weigh_row(x, inner, at, plus, out, steps, factors, place, rooms, first)
+        else:
+            _weigh_alike(x, inner, at, plus, out, steps, factors, place, rooms, first, end)
         first = end
 
 
 @_jit
 def rooms_for(steps, place):
-    """Memory for runs of positions between their layers, and for one that is repeated."""
+    """Memory for runs of positions between their layers, and for gates repeated at either end."""
     channels, pooled = place[5:]
     most = max(pooled, steps[:, 2].max())
-    return np.zeros((2, RUN * most + LANES), np.float32), np.zeros(
-        RUN * channels + LANES, np.float32
-    )
+    run = np.zeros((2, RUN * most + LANES), np.float32)
+    return run, np.zeros((2, RUN * channels + LANES), np.float32)
 
 
 @_jit
-def weigh_alike(x, inner, begun, plus, out, steps, factors, place, rooms, first, last):
-    """Weigh rows of the map that have the gates of the same windows, those from `begun` on."""
+def weigh_row(x, inner, begun, plus, out, steps, factors, place, rooms, y):
+    """Weigh a row of the map by the gates of the windows from `begun` on."""
     _, left, _, windows, width, channels, pooled = place
     (run, same), right = rooms, left + windows
-    late = steps[-1, 0] == _SIGMOID and last - first == 1  # for more rows it would be repeated
+    late = steps[-1, 0] == _SIGMOID
     for begin in range(0, windows, RUN):
         count = min(RUN, windows - begin)
         _copy(inner, begun + begin * pooled, run[0], count * pooled)
-        gates = _layers(run, count, steps[: len(steps) - late], factors)
-        _weigh(x, plus, out, width, first, last, left + begin, count, channels, gates, late)
+        at = (y * width + left + begin) * channels
+        soon = (pointer(inner), begun + (begin + RUN) * pooled), (pointer(x), at)
+        gates = _layers(run, count, steps[: len(steps) - late], factors, soon)
+        _weigh(x, plus, out, at, count * channels, gates, late)
         if begin == 0:
-            _repeat(gates, 0, channels, same)
-            for at in range(0, left, RUN):
-                some = min(RUN, left - at)
-                _weigh(x, plus, out, width, first, last, at, some, channels, same, late)
+            _repeat(gates, 0, channels, same[0], late)
+            _weigh_same(x, plus, out, y * width, left, channels, same[0])
         if begin + count == windows:
-            _repeat(gates, (count - 1) * channels, channels, same)
-            for at in range(right, width, RUN):
-                some = min(RUN, width - at)
-                _weigh(x, plus, out, width, first, last, at, some, channels, same, late)
+            _repeat(gates, (count - 1) * channels, channels, same[1], late)
+            _weigh_same(x, plus, out, y * width + right, width - right, channels, same[1])
+
+
+@_jit
+def _weigh_alike(x, inner, begun, plus, out, steps, factors, place, rooms, first, last):
+    """Weigh rows of the map that have the gates of the same windows, those from `begun` on."""
+    _, left, _, windows, width, channels, pooled = place
+    (run, same), right = rooms, left + windows
+    alike = np.empty(windows * channels + LANES, np.float32)
+    for begin in range(0, windows, RUN):
+        count = min(RUN, windows - begin)
+        _copy(inner, begun + begin * pooled, run[0], count * pooled)
+        soon = (pointer(inner), begun + (begin + RUN) * pooled)
+        _copy(_layers(run, count, steps, factors, (soon, soon)), 0, alike[begin * channels:], count * channels)
+    _repeat(alike, 0, channels, same[0], False)
+    _repeat(alike, (windows - 1) * channels, channels, same[1], False)
+    for y in range(first, last):
+        _weigh_same(x, plus, out, y * width, left, channels, same[0])
+        _weigh(x, plus, out, (y * width + left) * channels, windows * channels, alike, False)
+        _weigh_same(x, plus, out, y * width + right, width - right, channels, same[1])
 
 
 @_jit
@@ -146,13 +166,19 @@ def _end_of_alike(row, rows, top, first, last):
 
 
 @_jit
-def _layers(rooms, count, steps, factors):
-    """What layers make of so many positions in the first room, in one of the rooms."""
-    here = 0
+def _layers(rooms, count, steps, factors, soon):
+    """What layers make of so many positions in the first room, in one of the rooms.
+
+    The first convolution fetches what is weighed from the first of two places `soon`, the others
+    what is added from the second: memory is idle while they compute.
+    """
+    here, first = 0, True
     for what, given, channels, place in steps:
         if what == _CONVOLUTION:
             by, out = factors[place:], rooms[1 - here]
-            pointwise(count, (rooms[here], 0), given, by, channels, (out, 0), None)
+            at = soon[0] if first else soon[1]
+            pointwise(count, (rooms[here], 0), given, by, channels, (out, 0), at)
+            first = False
             here = 1 - here
         else:
             room = rooms[here]
@@ -173,9 +199,12 @@ def _copy(values, at, room, count):
 
 
 @_jit
-def _repeat(gates, at, channels, same):
-    """Repeat the gates of one position."""
+def _repeat(gates, at, channels, same, late):
+    """Repeat the gates of one position, sigmoids of them if they are `late`."""
     _copy(gates, at, same, channels)
+    if late:
+        for n in range(0, channels, LANES):
+            store(same, n, sigmoid(load(same, n)))
     if channels >= LANES:  # sixteen that repeat are sixteen that were repeated
         for n in range(channels, len(same) - LANES, LANES):
             store(same, n, load(same, n - channels))
@@ -185,28 +214,30 @@ def _repeat(gates, at, channels, same):
 
 
 @_jit
-def _weigh(x, plus, out, width, first, last, column, count, channels, gates, late):
-    """Weigh a run of positions in each of some rows by gates that are theirs in all of them.
+def _weigh_same(x, plus, out, position, count, channels, same):
+    """Weigh so many positions from one on, each by the gates that are repeated."""
+    for n in range(0, count, RUN):
+        some = min(RUN, count - n)
+        _weigh(x, plus, out, (position + n) * channels, some * channels, same, False)
 
-    By sigmoids of the gates if these are `late`.
-    """
-    length = count * channels
+
+@_jit
+def _weigh(x, plus, out, begin, length, gates, late):
+    """Weigh so many values from one on by gates, or by sigmoids of them if these are `late`."""
     whole, ahead = length - length % LANES, NEAR // x.itemsize
-    for y in range(first, last):
-        begin = (y * width + column) * channels
-        for at in range(0, whole, LANES):
-            prefetch(x, begin + at + ahead)
-            if plus is not None:
-                prefetch(plus, begin + at + ahead)
-            store(out, begin + at, _weighed(x, plus, begin + at, gates, at, late))
-        if whole < length:
-            begin, end = begin + whole, begin + length
-            ends = _ends(x, begin, end)
-            if plus is None:
-                store(ends, 0, _weighed(ends, None, 0, gates, whole, late))
-            else:
-                store(ends, 0, _weighed(ends, _ends(plus, begin, end), 0, gates, whole, late))
-            out[begin:end] = ends[: end - begin]
+    for at in range(0, whole, LANES):
+        prefetch(x, begin + at + ahead)
+        if plus is not None:
+            prefetch(plus, begin + at + ahead)
+        store(out, begin + at, _weighed(x, plus, begin + at, gates, at, late))
+    if whole < length:
+        begin, end = begin + whole, begin + length
+        ends = _ends(x, begin, end)
+        if plus is None:
+            store(ends, 0, _weighed(ends, None, 0, gates, whole, late))
+        else:
+            store(ends, 0, _weighed(ends, _ends(plus, begin, end), 0, gates, whole, late))
+        out[begin:end] = ends[: end - begin]
 
 
 @_jit
