@@ -1,8 +1,8 @@
 """Gates on the CPU: layers and product in one read and one write of the map.
 
-A job goes down rows of the map and makes the gates of a row from the pooled values once. Runs of
-positions pass the layers in the fastest cache. A sigmoid at the end waits until the map is weighed,
-where the processor waits for memory anyway.
+A job goes down rows of the map, and makes the gates that rows share once. Runs of positions pass
+the layers in the fastest cache, and a sigmoid at the end waits until the map is weighed, where the
+processor waits for memory anyway.
 """
 
 from __future__ import annotations
@@ -124,11 +124,9 @@ def weigh_row(x, inner, begun, plus, out, steps, factors, place, rooms, y):
     (run, same), right = rooms, left + windows
     late = steps[-1, 0] == _SIGMOID
     for begin in range(0, windows, RUN):
-        count = min(RUN, windows - begin)
-        _copy(inner, begun + begin * pooled, run[0], count * pooled)
-        at = (y * width + left + begin) * channels
-        soon = (pointer(inner), begun + (begin + RUN) * pooled), (pointer(x), at)
-        gates = _layers(run, count, steps[: len(steps) - late], factors, soon)
+        count, at = min(RUN, windows - begin), (y * width + left + begin) * channels
+        early, pools = steps[: len(steps) - late], (inner, begun + begin * pooled, pooled)
+        gates = _gates(run, count, pools, early, factors, (pointer(x), at))
         _weigh(x, plus, out, at, count * channels, gates, late)
         if begin == 0:
             _repeat(gates, 0, channels, same[0], late)
@@ -145,10 +143,9 @@ def _weigh_alike(x, inner, begun, plus, out, steps, factors, place, rooms, first
     (run, same), right = rooms, left + windows
     alike = np.empty(windows * channels + LANES, np.float32)
     for begin in range(0, windows, RUN):
-        count = min(RUN, windows - begin)
-        _copy(inner, begun + begin * pooled, run[0], count * pooled)
-        soon = (pointer(inner), begun + (begin + RUN) * pooled)
-        _copy(_layers(run, count, steps, factors, (soon, soon)), 0, alike[begin * channels:], count * channels)
+        count, pools = min(RUN, windows - begin), (inner, begun + begin * pooled, pooled)
+        gates = _gates(run, count, pools, steps, factors, None)
+        _copy(gates, 0, alike[begin * channels :], count * channels)
     _repeat(alike, 0, channels, same[0], False)
     _repeat(alike, (windows - 1) * channels, channels, same[1], False)
     for y in range(first, last):
@@ -166,20 +163,24 @@ def _end_of_alike(row, rows, top, first, last):
 
 
 @_jit
-def _layers(rooms, count, steps, factors, soon):
-    """What layers make of so many positions in the first room, in one of the rooms.
+def _gates(rooms, count, pools, steps, factors, soon):
+    """What layers make of so many positions of (pooled values, place of the first, channels).
 
-    The first convolution fetches what is weighed from the first of two places `soon`, the others
-    what is added from the second: memory is idle while they compute.
+    In one of the rooms. While the first convolution computes, the positions after these are
+    fetched, and while the others do, what is weighed `soon`, (pointer, place): memory is idle.
     """
+    inner, begun, pooled = pools
+    _copy(inner, begun, rooms[0], count * pooled)
     here, first = 0, True
     for what, given, channels, place in steps:
         if what == _CONVOLUTION:
-            by, out = factors[place:], rooms[1 - here]
-            at = soon[0] if first else soon[1]
-            pointwise(count, (rooms[here], 0), given, by, channels, (out, 0), at)
-            first = False
-            here = 1 - here
+            by, before, after = factors[place:], (rooms[here], 0), (rooms[1 - here], 0)
+            if first:
+                further = pointer(inner), begun + count * pooled
+                pointwise(count, before, given, by, channels, after, further)
+            else:
+                pointwise(count, before, given, by, channels, after, soon)
+            here, first = 1 - here, False
         else:
             room = rooms[here]
             for at in range(0, count * channels, LANES):
