@@ -86,3 +86,15 @@ def test_spec():
 def test_impossible_hyperparameters(hyperparameters):
     with pytest.raises(ValueError, match="in_chn and depth must be positive"):
         HINet(**hyperparameters)
+
+
+def test_maps_stay_channels_last():
+    network = HINet(**SMALL).eval().to(memory_format=torch.channels_last)
+    met = []
+    for part in network.modules():
+        if isinstance(part, torch.nn.Conv2d):
+            part.register_forward_pre_hook(lambda _, args: met.append(args[0]))
+    with torch.inference_mode():
+        network(torch.rand(1, 3, 24, 32).contiguous(memory_format=torch.channels_last))
+    assert met
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in met)

@@ -77,7 +77,10 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor, *other: Tensor) -> tuple[Tensor, Tensor]:
         y: Tensor = self.conv_1(x)
         if self.norm is not None:
-            y = torch.cat([normalised(self.norm, y[:, : self.normed]), y[:, self.normed :]], dim=1)
+            half = normalised(self.norm, y[:, : self.normed])
+            if y.is_contiguous(memory_format=torch.channels_last):  # which the norm gives up
+                half = half.contiguous(memory_format=torch.channels_last)
+            y = torch.cat([half, y[:, self.normed :]], dim=1)
         y = self.conv_2(F.leaky_relu(y, self.slope))
         y = F.leaky_relu(y, self.slope) + self.identity(x)
         if other:
