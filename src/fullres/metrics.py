@@ -219,7 +219,8 @@ class Protocol:
         if picture.shape[-3] == 1:
             return picture
         y = luma(picture)
-        return (255 * y + 0.5).floor() / 255 if self.round_luma else y
+        # exactly, it has steps of 1/255000: what comes this near to half is half
+        return (255 * y + 0.5 + 1e-9).floor() / 255 if self.round_luma else y
 
 
 _PLAIN = ("psnr", "ssim")
