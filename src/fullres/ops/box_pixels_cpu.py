@@ -47,8 +47,10 @@ Run = tuple[int, int]
 
 SUMS = 2**21
 """Bytes of sums that a job keeps: more would leave caches, fewer would part pixels."""
-CHUNK = 2**13
-"""Bytes of columns that all channels slide along before the next: less than the fastest cache."""
+CHUNK = 8
+"""Columns that all channels slide along before the next: more would not read memory in order."""
+SOON = 2**12
+"""Bytes that rows of pixels are fetched ahead of their use there."""
 CACHED = 2**21
 """Bytes of a result that may be in cache when it is read: larger ones are written past caches."""
 _SHARES = np.repeat((0.0, 1.0), LANES)
@@ -315,10 +317,9 @@ def slide(x, place, leaves, enters, moves, columns, out, to, shape):
     (count, channels), step = columns.shape, place[2]
     old, new = place[0] + leaves * place[1], place[0] + enters * place[1]
     values, sums, results = pointer(x), pointer(columns), pointer(out)
-    chunk, ahead = max(1, CHUNK // (x.itemsize * channels)), AHEAD // x.itemsize
-    totals = np.zeros(channels + LANES)
-    for begin in range(0, count, chunk):
-        end = min(begin + chunk, count)
+    ahead, totals = SOON // x.itemsize, np.zeros(channels + LANES)
+    for begin in range(0, count, CHUNK):
+        end = min(begin + CHUNK, count)
         for v in range(0, channels, LANES):
             c = min(v, channels - LANES)
             share = load(_SHARES, LANES - (v - c))  # nothing to those that had theirs before

@@ -126,7 +126,10 @@ def weigh_row(x, inner, begun, plus, out, steps, factors, place, rooms, y):
     for begin in range(0, windows, RUN):
         count, at = min(RUN, windows - begin), (y * width + left + begin) * channels
         early, pools = steps[: len(steps) - late], (inner, begun + begin * pooled, pooled)
-        gates = _gates(run, count, pools, early, factors, (pointer(x), at))
+        if plus is None:
+            gates = _gates(run, count, pools, early, factors, (at, pointer(x)))
+        else:
+            gates = _gates(run, count, pools, early, factors, (at, pointer(x), pointer(plus)))
         _weigh(x, plus, out, at, count * channels, gates, late)
         if begin == 0:
             _repeat(gates, 0, channels, same[0], late)
@@ -167,7 +170,7 @@ def _gates(rooms, count, pools, steps, factors, soon):
     """What layers make of so many positions of (pooled values, place of the first, channels).
 
     In one of the rooms. While the first convolution computes, the positions after these are
-    fetched, and while the others do, what is weighed `soon`, (pointer, place): memory is idle.
+    fetched, and while the others do, what is weighed `soon`, as `matmul` has it: memory is idle.
     """
     inner, begun, pooled = pools
     _copy(inner, begun, rooms[0], count * pooled)
@@ -176,7 +179,7 @@ def _gates(rooms, count, pools, steps, factors, soon):
         if what == _CONVOLUTION:
             by, before, after = factors[place:], (rooms[here], 0), (rooms[1 - here], 0)
             if first:
-                further = pointer(inner), begun + count * pooled
+                further = begun + count * pooled, pointer(inner)
                 pointwise(count, before, given, by, channels, after, further)
             else:
                 pointwise(count, before, given, by, channels, after, soon)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from math import factorial, log
+from math import log
 from typing import Any
 
 from llvmlite import ir
@@ -308,9 +308,7 @@ def _emit_sigmoid(context: Any, builder: Any, signature: Any, values: Any) -> An
     shifted = _fma(builder, x, _floats(1 / log(2)), _floats(3 * 2**22))
     n = builder.fsub(shifted, _floats(3 * 2**22))
     r = _fma(builder, n, _floats(_LOG_2 - log(2)), _fma(builder, n, _floats(-_LOG_2), x))
-    exp = _floats(1 / factorial(7))
-    for power in range(6, -1, -1):
-        exp = _fma(builder, exp, r, _floats(1 / factorial(power)))
+    exp = _polynomial(builder, r, _EXP)
     exponent = builder.shl(builder.bitcast(shifted, _WORDS), _words(23))
     factor = builder.bitcast(builder.add(exponent, _words(0x3F800000)), _VECTOR)
     return _quotient(builder, _floats(1), _fma(builder, exp, factor, _floats(1)))
@@ -321,18 +319,33 @@ def _quotient(builder: Any, a: Any, b: Any) -> Any:
 
     Faster than divisions, which processors do a few at a time.
     """
-    # the bits grow as the logarithm, piece by piece: to take them from a constant is an inverse
-    # within 0.0506, and each of Newton's steps squares the error
-    y = builder.bitcast(builder.sub(_words(0x7EF311C7), builder.bitcast(b, _WORDS)), _VECTOR)
+    y, steps = _rough_inverse(builder, b)
     b = builder.fneg(b)
-    for _ in range(2):
+    for _ in range(steps):
         y = _fma(builder, y, _fma(builder, b, y, _floats(1)), y)
     quotient = builder.fmul(a, y)
     return _fma(builder, _fma(builder, b, quotient, a), y, quotient)
 
 
+def _rough_inverse(builder: Any, b: Any) -> tuple[Any, int]:
+    """An inverse, and how many of Newton's steps, each of which squares its error, bring it to 1e-4
+    or less."""
+    if _INVERTS:  # within 2⁻¹⁴
+        name, mask = f"llvm.x86.avx512.rcp14.ps.{32 * LANES}", ir.IntType(16)
+        kind = ir.FunctionType(_VECTOR, [_VECTOR, _VECTOR, mask])
+        function = get_or_insert_function(builder.module, kind, name)
+        return builder.call(function, (b, ir.Constant(_VECTOR, None), mask(-1))), 0
+    # the bits grow as the logarithm, piece by piece: to take them from a constant is an inverse
+    # within 0.0506
+    return builder.bitcast(builder.sub(_words(0x7EF311C7), builder.bitcast(b, _WORDS)), _VECTOR), 2
+
+
+_INVERTS = processor_has("avx512f")
+"""Whether the processor gives inverses of vectors, roughly."""
 _LOG_2 = 45426 / 65536
 """The logarithm of 2 in 16 bits, so that its small multiples are exact; the rest comes apart."""
+_EXP = (1.0, 1.0, 0.5, 1.66664155e-1, 4.16663529e-2, 8.37512640e-3, 1.39411085e-3)
+"""A polynomial within 2e-8 of exp(x), relatively, for |x| up to log(2) / 2."""
 
 
 @intrinsic

@@ -50,7 +50,7 @@ def _convolved(x, channels, factors, outs, out, first, last):
     for begin in range(first, last, RUN):
         at, to = begin * channels, begin * outs
         if last - begin >= RUN + LANES:  # what vectors reach over is this job's, and still to come
-            soon = source, at + ahead
+            soon = at + ahead, source
             pointwise(RUN, (source, at), channels, factors, outs, (target, to), soon)
             continue
         end = min(begin + RUN, last)

@@ -45,8 +45,8 @@ def matmul(width, count, depth, a, b, start, out, soon):
     A matrix is (pointer, place of its first value, from row to row), and the row that is added to
     every row (pointer, place of its first value), all of float32; or, of `a` and `b`, pairs of
     bfloat16 as `add_outer` has them. Rows are computed, and written, up to the next multiple of
-    `ROWS`. As many values as `a` has are fetched for `soon`, from
-    (pointer, place of the first) on, where that is not None.
+    `ROWS`. As many values as `a` has are fetched for `soon`, of (place of the first, one pointer or
+    two), where that is not None.
     """
     if width == 3:
         _fill(_three(), ROWS // 3, count, depth, a, b, start, out, soon)
@@ -67,7 +67,10 @@ def _fill(nothing, rows, count, depth, a, b, start, out, soon):
             at = a_at + n * a_row + k
             if soon is not None:
                 for line in range(0, rows, LANES):
-                    prefetch(soon[0], soon[1] + n * depth + k * rows + line)
+                    further = soon[0] + n * depth + k * rows + line
+                    prefetch(soon[1], further)
+                    if len(soon) > 2:
+                        prefetch(soon[2], further)
             block = add_outer(block, values, at, a_row, factors, b_at + k * b_row)
         store_block(sums, out_at + n * out_row, out_row, block)
 
@@ -78,11 +81,11 @@ def factors_of(weight: Tensor, bias: Tensor | None) -> Any:
     The bias, then a row a channel before, filled up with zeros to whole vectors.
     """
     outs, channels = weight.shape
-    factors = torch.zeros(1 + channels, -(-outs // LANES) * LANES)
-    factors[1:, :outs] = weight.detach().mT
+    factors = np.zeros((1 + channels, -(-outs // LANES) * LANES), np.float32)
+    factors[1:, :outs] = weight.detach().float().numpy().T
     if bias is not None:
-        factors[0, :outs] = bias.detach()
-    return factors.flatten().numpy()
+        factors[0, :outs] = bias.detach().float().numpy()
+    return factors.reshape(-1)
 
 
 @_jit
