@@ -138,7 +138,7 @@ class Pooled(Tensor):
         if not vector or torch.is_grad_enabled() or traced():
             return None
         if self.head is not None and getattr(func, "__name__", "") in _RESHAPES:
-            shape = func(torch.empty(self.shape, device="meta"), *args[1:], **kwargs).shape
+            shape = func(torch.empty(self.shape), *args[1:], **kwargs).shape
             flat = tuple(self.shape[:2])
             if tuple(shape) not in (flat, (*flat, 1, 1)):
                 return None

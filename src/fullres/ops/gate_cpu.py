@@ -36,9 +36,10 @@ _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
 RUN = 2 * ROWS
 """Positions that pass the layers at a time."""
-NEAR = 2**11
+NEAR = 2**12
 """Bytes that maps are fetched ahead of their use: more would push gates out of the cache."""
 _CONVOLUTION, _RELU, _SIGMOID = 0, 1, 2
+_STEPS = {None: _CONVOLUTION, "relu": _RELU, "sigmoid": _SIGMOID}
 
 
 def gated(
@@ -75,16 +76,15 @@ def values_of(x: Tensor) -> Any:
 
 def program(layers: Sequence[Layer], channels: int) -> tuple[Any, Any]:
     """Steps (what, channels before, channels after, place of factors), and all factors."""
-    steps, factors, place = [], [np.zeros(0, np.float32)], 0
-    for layer in layers:
+    steps, factors, place = np.empty((len(layers), 4), np.intp), [], 0
+    for n, layer in enumerate(layers):
         given = channels
         if layer.weight is not None:
             factors.append(factors_of(layer.weight, layer.bias))
             channels = len(layer.weight)
-        what = {"relu": _RELU, "sigmoid": _SIGMOID}.get(layer.activation or "", _CONVOLUTION)
-        steps.append((what, given, channels, place))
+        steps[n] = _STEPS[layer.activation], given, channels, place
         place = sum(map(len, factors))
-    return np.array(steps), np.concatenate(factors)
+    return steps, np.concatenate(factors) if factors else np.zeros(0, np.float32)
 
 
 # Kernels take the values of one map, its pooled values, what is added, or None, and the result; the
