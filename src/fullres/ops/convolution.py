@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fullres.ops.arrays import for_kernel
 
-CHANNELS, PIXELS, VALUES = 32, 2**12, 2**18
+CHANNELS, PIXELS, VALUES = 32, 1536, 2**18
 """So many channels, before and after, so many pixels and so many of both make transforms pay."""
 FEW, UNCACHED = 48, 2**24
 """At most so many channels after, and at least so many values of a picture's map, make it pay to

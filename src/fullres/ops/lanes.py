@@ -174,7 +174,15 @@ def _emit_drain(context: Any, builder: Any, *_: Any) -> Any:
 
 
 def _rounded(builder: Any, lanes: Any) -> Any:
-    """The bits of the nearest values in bfloat16, the even one of two as near; NaN stays NaN."""
+    """The bits of the nearest values in bfloat16, the even one of two as near; NaN stays NaN.
+
+    Where the processor does it, what is below normal values is zero.
+    """
+    if PAIRS:
+        kind = ir.FunctionType(ir.VectorType(_Brain(), LANES), [_VECTOR])
+        name = f"llvm.x86.avx512bf16.cvtneps2bf16.{32 * LANES}"
+        function = get_or_insert_function(builder.module, kind, name)
+        return builder.bitcast(builder.call(function, (lanes,)), _HALVES)
     bits = builder.bitcast(lanes, _WORDS)
     odd = builder.and_(builder.lshr(bits, _words(16)), _words(1))
     nearest = builder.add(bits, builder.add(odd, _words(0x7FFF)))
@@ -204,15 +212,21 @@ def _emit_words(context: Any, builder: Any, signature: Any, values: Any) -> Any:
 @intrinsic
 def prefetch(context, array, at):
     """Have the processor fetch what an array holds at a position, for soon."""
-    return types.void(array, types.intp), _emit_prefetch
+    return types.void(array, types.intp), partial(_emit_prefetch, write=0)
 
 
-def _emit_prefetch(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+@intrinsic
+def claim(context, array, at):
+    """Have the processor fetch what an array holds at a position, to be written soon."""
+    return types.void(array, types.intp), partial(_emit_prefetch, write=1)
+
+
+def _emit_prefetch(context: Any, builder: Any, signature: Any, values: Any, *, write: int) -> Any:
     pointer = builder.bitcast(_pointer(context, builder, signature.args, values), voidptr_t)
     kind = ir.FunctionType(ir.VoidType(), [voidptr_t] + [_WORD] * 3)
     function = builder.module.declare_intrinsic("llvm.prefetch", [voidptr_t], kind)
-    read, often, data = (ir.Constant(_WORD, value) for value in (0, 3, 1))
-    builder.call(function, (pointer, read, often, data))
+    how = (ir.Constant(_WORD, value) for value in (write, 3, 1))  # kept in all caches, data
+    builder.call(function, (pointer, *how))
     return context.get_dummy_value()
 
 

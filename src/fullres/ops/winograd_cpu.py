@@ -13,6 +13,7 @@ A run of tiles passes at a time, so that all between the map and the result stay
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from fullres.ops.arrays import as_array, as_rows
 from fullres.ops.lanes import (
     LANES,
     PAIRS,
+    claim,
     combining,
     load,
     pointer,
@@ -41,7 +43,7 @@ SIDE, TILE = 4, 6
 """Outputs and pixels of a tile, along either axis."""
 PLANES = TILE**2
 RUN = 24
-"""Tiles that pass at a time, a multiple of `ROWS`; twice as many where weights are large."""
+"""Tiles that pass at a time, a multiple of `ROWS`; more where weights are large."""
 POINTS = (0, 0.625, -0.625, 1.5, -1.5)
 """Where polynomials are evaluated, beside infinity. Those of most libraries, up to 2, round off
 twice as much."""
@@ -86,8 +88,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Te
     factors = torch.empty(PLANES, _apart(words * vectors * LANES)).numpy()
     factors = factors if words == channels else factors.view(np.uint32)
     spread([(_transformed, taps, channels, outs, factors, *run) for run in split(words, threads)])
-    run = RUN if channels + outs <= 256 else 2 * RUN
     across, down = -(-shape[3] // SIDE), -(-shape[2] // SIDE)
+    run = _run(channels + outs, -(-across * down // threads))
     runs = split(-(-across * down // run), 4 * threads)
     source, target = as_rows(x), as_rows(out)
     spread(
@@ -102,6 +104,18 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Te
         ]
     )
     return out
+
+
+def _run(channels: int, tiles: int) -> int:
+    """How many tiles pass at a time, where a thread has so many of them, of so many channels before
+    and after: the more, the less often weights that no cache holds are read.
+
+    >>> _run(128, 1000), _run(2048, 120), _run(1024, 460)
+    (24, 120, 168)
+    """
+    most = RUN * (1 if channels <= 256 else 2 if channels <= 768 else 8)
+    even = tiles / -(-tiles // most)
+    return max(1, ceil(even / RUN)) * RUN
 
 
 @_jit
@@ -183,6 +197,7 @@ def _convolved(x, channels, padding, out, bias, factors, run, first, last):
             top, left, inside = _corner(begin + n + run, across, padding, x, channels)
             if inside:
                 _fetch(x, top, left, channels)
+            _claim(out, *divmod(begin + n, across), outs)
         _multiply(tiles.view(factors.dtype), channels // some, factors, outs, sums, count)
         for n in range(count):
             top, left = divmod(begin + n, across)
@@ -191,9 +206,9 @@ def _convolved(x, channels, padding, out, bias, factors, run, first, last):
                 _give(sums, n, bias, out, top, left, room)
             else:
                 _give(sums, n, bias, results, 0, 0, room)
+                corner, end = left * outs, min(left + SIDE, out_width) * outs
                 for r in range(top, min(top + SIDE, len(out))):
-                    for c in range(left * outs, min(left + SIDE, out_width) * outs):
-                        out[r, c] = results[r - top, c - left * outs]
+                    out[r, corner:end] = results[r - top, : end - corner]
 
 
 @_jit
@@ -215,12 +230,23 @@ def _fetch(x, top, left, channels):
 
 
 @_jit
+def _claim(out, down, right, outs):
+    """Have the processor fetch where the outputs of a tile go."""
+    target, row = pointer(out), out.shape[1]
+    for r in range(SIDE * down, min(SIDE * (down + 1), len(out))):
+        begin = SIDE * right * outs
+        for c in range(begin, min(begin + SIDE * outs, row), LANES * _in_word(out)):
+            claim(target, r * row + c)
+
+
+@_jit
 def _cut(x, top, left, channels, pixels):
     """Take the pixels of a tile, zeros where it is outside of the map."""
     pixels[:] = 0
+    corner = left * channels
+    begin, end = max(corner, 0), min(corner + TILE * channels, x.shape[1])
     for r in range(max(top, 0), min(top + TILE, len(x))):
-        for c in range(max(left * channels, 0), min((left + TILE) * channels, x.shape[1])):
-            pixels[r - top, c - left * channels] = x[r, c]
+        pixels[r - top, begin - corner : end - corner] = x[r, begin:end]
 
 
 @_jit
