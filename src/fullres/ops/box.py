@@ -45,9 +45,9 @@ def local_mean(x: Tensor, window: tuple[int, int], *, replicate: bool = True) ->
     tensor([[[[1., 1., 2., 3., 3.]]]])
     """
     kh, kw = _clipped(x, window)
-    if for_kernel(x, dtypes=(torch.float32, torch.bfloat16)):  # what torch asks takes longer
-        return _local_mean_cpu(x, kh, kw, replicate)
-    mean: Tensor = torch.ops.fullres.local_mean(x, kh, kw, replicate)
+    at_once = for_kernel(x, dtypes=(torch.float32, torch.bfloat16))  # torch's dispatch takes 0.1 ms
+    operator = _local_mean_cpu if at_once else torch.ops.fullres.local_mean
+    mean: Tensor = operator(x, kh, kw, replicate)
     return mean
 
 

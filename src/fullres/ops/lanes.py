@@ -343,7 +343,8 @@ def _quotient(builder: Any, a: Any, b: Any) -> Any:
 
 def _rough_inverse(builder: Any, b: Any) -> tuple[Any, int]:
     """An inverse, and how many of Newton's steps, each of which squares its error, bring it to 1e-4
-    or less."""
+    or less.
+    """
     if _INVERTS:  # within 2⁻¹⁴
         name, mask = f"llvm.x86.avx512.rcp14.ps.{32 * LANES}", ir.IntType(16)
         kind = ir.FunctionType(_VECTOR, [_VECTOR, _VECTOR, mask])
