@@ -296,6 +296,16 @@ def test_compile_takes_the_whole_graph():
     torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # map by map
+@pytest.mark.parametrize("last", [False, True])
+def test_torch_func_maps_it(last):
+    x = torch.randn(3, 2, 5, 9, 11)
+    x = x.movedim(2, -1).contiguous().movedim(-1, 2) if last else x
+    with torch.no_grad():
+        mapped = torch.vmap(lambda y: local_mean(y, (3, 4)))(x)
+    torch.testing.assert_close(mapped, torch.stack([local_mean(y, (3, 4)) for y in x]))
+
+
 def test_threads_do_not_meet():
     maps = [torch.randn(2, 24, 40, 50) + k for k in range(4)]
     alone = [local_mean(x, (9, 9)) for x in maps]

@@ -369,3 +369,14 @@ def test_narrow_registers(tmp_path):
 
 def test_thresholds_leave_vectors_full():
     assert dispatch.CHANNELS >= winograd_cpu.LANES
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch itself
+@torch.no_grad()
+def test_torch_func_maps_and_derives_it():
+    x, weight, _ = drawn(LARGE, 48)
+    several = torch.stack([x, 2 * x + 1])
+    exact = torch.stack([F.conv2d(y, weight) for y in several])
+    assert torch.allclose(torch.vmap(lambda y: convolution(y, weight))(several), exact, atol=1e-4)
+    _, derived = torch.func.jvp(lambda y: convolution(y, weight), (x,), (several[1],))
+    assert torch.allclose(derived, exact[1], atol=1e-4)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def as_array(x: Tensor) -> Any:
@@ -40,12 +41,21 @@ def jit_traced() -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
+def transformed() -> bool:
+    """Whether `torch.func` maps or derives what is computed, or forward derivatives are recorded.
+
+    Tensors then stand for others, which kernels do not see.
+    """
+    mapped: Any = torch._C._functorch.peek_interpreter_stack()
+    return mapped is not None or forward_ad._current_level >= 0
+
+
 def for_kernel(x: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...]) -> bool:
     """Whether a kernel for channels-last maps on the CPU may take a map, with other tensors.
 
     It has one of these types, and records no derivatives and no graph.
     """
-    if traced() or type(x) is not Tensor or x.device.type != "cpu":
+    if traced() or transformed() or type(x) is not Tensor or x.device.type != "cpu":
         return False
     given = (x, *others)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
