@@ -133,7 +133,13 @@ def store(context, array, at, lanes):
 
 
 def _emit_store(
-    context: Any, builder: Any, signature: Any, values: Any, *, past_caches: bool = False
+    context: Any,
+    builder: Any,
+    signature: Any,
+    values: Any,
+    *,
+    past_caches: bool = False,
+    flushed: bool = False,
 ) -> Any:
     pointer, lanes = _pointer(context, builder, signature.args, values), values[2]
     kind, given = signature.args[0].dtype, signature.args[2]
@@ -148,7 +154,7 @@ def _emit_store(
             written.set_metadata("nontemporal", builder.module.add_metadata([_WORD(1)]))
     else:
         pointer = builder.bitcast(pointer, _HALVES.as_pointer())
-        builder.store(_rounded(builder, lanes), pointer, align=2)
+        builder.store(_rounded(builder, lanes, flushed), pointer, align=2)
     return context.get_dummy_value()
 
 
@@ -173,12 +179,12 @@ def _emit_drain(context: Any, builder: Any, *_: Any) -> Any:
     return context.get_dummy_value()
 
 
-def _rounded(builder: Any, lanes: Any) -> Any:
+def _rounded(builder: Any, lanes: Any, flushed: bool) -> Any:
     """The bits of the nearest values in bfloat16, the even one of two as near; NaN stays NaN.
 
-    Where the processor does it, what is below normal values is zero.
+    Where those below normal values may be `flushed`, to zero, processors may do it.
     """
-    if PAIRS:
+    if flushed and PAIRS:
         kind = ir.FunctionType(ir.VectorType(_Brain(), LANES), [_VECTOR])
         name = f"llvm.x86.avx512bf16.cvtneps2bf16.{32 * LANES}"
         function = get_or_insert_function(builder.module, kind, name)
@@ -194,7 +200,7 @@ def _rounded(builder: Any, lanes: Any) -> Any:
 @intrinsic
 def store_words(context, array, at, lanes, others):
     """Write sixteen values to an array of float32 from a position on, as they are; or, to one of
-    uint32, sixteen pairs of them and others, rounded to bfloat16.
+    uint32, sixteen pairs of them and others, rounded to bfloat16 as `combining` has it.
     """
     return types.void(array, types.intp, lanes, others), _emit_words
 
@@ -202,7 +208,7 @@ def store_words(context, array, at, lanes, others):
 def _emit_words(context: Any, builder: Any, signature: Any, values: Any) -> Any:
     if signature.args[0].dtype == types.float32:
         return _emit_store(context, builder, signature, values)
-    low, high = (builder.zext(_rounded(builder, half), _WORDS) for half in values[2:])
+    low, high = (builder.zext(_rounded(builder, half, True), _WORDS) for half in values[2:])
     words = builder.or_(low, builder.shl(high, _words(16)))
     pointer = _pointer(context, builder, signature.args, values)
     builder.store(words, builder.bitcast(pointer, _WORDS.as_pointer()), align=4)
@@ -481,7 +487,8 @@ def combining(matrix: Sequence[Sequence[float]]) -> Any:
 
     `combine(array, at, stride, target, to, step, start)` takes one vector a column of the matrix
     from `array`, the n-th from `at + n * stride` on, and writes one a row, with `start` added to
-    each, to `target`, the n-th from `to + n * step` on. Arrays hold float32 or bfloat16.
+    each, to `target`, the n-th from `to + n * step` on. Arrays hold float32 or bfloat16, of which
+    what is below normal values may become zero.
     """
 
     @intrinsic
@@ -500,7 +507,7 @@ def combining(matrix: Sequence[Sequence[float]]) -> Any:
             total = start
             for factor, vector in zip(row, given, strict=True):
                 total = _fma(builder, _floats(factor), vector, total) if factor else total
-            _emit_store(context, builder, written, (target, to, total))
+            _emit_store(context, builder, written, (target, to, total), flushed=True)
             to = builder.add(to, step)
         return context.get_dummy_value()
 
