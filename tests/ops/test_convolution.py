@@ -380,3 +380,11 @@ def test_torch_func_maps_and_derives_it():
     assert torch.allclose(torch.vmap(lambda y: convolution(y, weight))(several), exact, atol=1e-4)
     _, derived = torch.func.jvp(lambda y: convolution(y, weight), (x,), (several[1],))
     assert torch.allclose(derived, exact[1], atol=1e-4)
+
+
+def test_a_map_narrower_than_the_weights_is_refused():
+    weight = torch.randn(32, 32, 3, 3)
+    for height in (1, 2):
+        x = torch.randn(1, 32, height, 9000).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="Kernel size"):
+            convolution(x, weight)

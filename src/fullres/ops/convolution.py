@@ -41,7 +41,9 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: 
     if _fits(x, weight, bias):
         outs, channels = weight.shape[:2]
         pixels = x.shape[2] * x.shape[3]
-        if weight.shape[2:] == (3, 3) and padding in (0, 1) and _large(min(outs, channels), pixels):
+        holds = min(x.shape[2:]) + 2 * padding >= 3
+        filtered = weight.shape[2:] == (3, 3) and padding in (0, 1) and holds
+        if filtered and _large(min(outs, channels), pixels):
             from fullres.ops import winograd_cpu
 
             if x.dtype == torch.float32 or (winograd_cpu.HALVES and channels % 2 == 0):
