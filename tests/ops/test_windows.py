@@ -331,10 +331,12 @@ def test_products_are_those_of_float64(data):
     found = cells.products(q, k, *axes)
     wide = q.double(), k.double()
     expected = cells.gram(*wide, *axes), *(cells.squares(t, *axes) for t in wide)
-    for ours, exact in zip(found, expected, strict=True):
+    kernel = cells_cpu.serves(q, k)  # torch's float32 sums round with what they add, not their value
+    added = expected if kernel else (cells.gram(q.abs(), k.abs(), *axes), *expected[1:])
+    for ours, exact, sums in zip(found, expected, added, strict=True):
         assert ours.dtype == torch.float32
         error = (ours.double() - exact).abs().max()
-        assert error <= 2e-6 * exact.abs().max()
+        assert error <= 2e-6 * sums.abs().max()
 
 
 @settings(deadline=None, max_examples=40)
