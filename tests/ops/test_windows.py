@@ -331,7 +331,7 @@ def test_products_are_those_of_float64(data):
     found = cells.products(q, k, *axes)
     wide = q.double(), k.double()
     expected = cells.gram(*wide, *axes), *(cells.squares(t, *axes) for t in wide)
-    kernel = cells_cpu.serves(q, k)  # torch's float32 sums round with what they add, not their value
+    kernel = cells_cpu.serves(q, k)  # torch's own float32 rounds with what a sum adds
     added = expected if kernel else (cells.gram(q.abs(), k.abs(), *axes), *expected[1:])
     for ours, exact, sums in zip(found, expected, added, strict=True):
         assert ours.dtype == torch.float32
