@@ -52,10 +52,12 @@ def bound(x, weight):
     offset=st.sampled_from([0.0, 30.0]),
     scale=st.sampled_from([1e-20, 1.0, 1e20]),
     half=st.booleans(),
+    slope=st.sampled_from([1.0, 0.0, 0.2]),
+    plus=st.sampled_from(["nothing", "a map", "in place"]),
 )
 @torch.no_grad()
 def test_agrees_with_float64(
-    batch, channels, outs, height, width, padding, biased, offset, scale, half
+    batch, channels, outs, height, width, padding, biased, offset, scale, half, slope, plus
 ):
     height, width = (max(side, 3 - 2 * padding) for side in (height, width))
     x, weight, bias = drawn((batch, channels, height, width), outs, seed=height * width)
@@ -63,13 +65,55 @@ def test_agrees_with_float64(
     if half and winograd_cpu.PAIRS and channels % 2 == 0:
         x, weight = x.bfloat16(), weight.bfloat16()
         bias = bias.bfloat16() if biased else None
-    found = winograd_cpu.convolve(x, weight, bias, padding)
     exact = F.conv2d(
         x.double(), weight.double(), None if bias is None else bias.double(), padding=padding
+    )
+    exact = F.leaky_relu(exact, slope)
+    added = None if plus == "nothing" else exact.flip(3).to(x.dtype)
+    if added is not None:
+        exact = exact + added.double()
+    found = winograd_cpu.convolve(
+        *(x, weight, bias, padding, slope, added), in_place=plus == "in place"
     )
     assert (found.shape, found.dtype) == (exact.shape, x.dtype)
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert (found - exact).abs().max() <= bound(x, weight)
+    if plus == "in place":
+        assert (found.data_ptr() == added.data_ptr()) == (outs % LANES == 0)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "derived", "mapped", "float64", "few"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_leaky_relu_and_a_sum_follow(kind, in_place):
+    shape = (1, 8, 6, 5) if kind == "few" else LARGE
+    x, weight, bias = drawn(shape, 48)
+    if kind in ("bfloat16", "float64"):
+        x, weight, bias = (t.to(getattr(torch, kind)) for t in (x, weight, bias))
+    plus = F.conv2d(x, weight, bias, padding=1).flip(2)
+    expected = F.leaky_relu(F.conv2d(x, weight, bias, padding=1), 0.1) + plus
+    kept = plus.clone(memory_format=torch.preserve_format)
+
+    def convolve(x, plus):
+        return convolution(x, weight, bias, 1, slope=0.1, plus=plus, in_place=in_place)
+
+    with torch.set_grad_enabled(kind == "derived"):
+        if kind == "mapped":
+            found = torch.vmap(convolve, (0, None))(x[None], plus)[0]
+        else:
+            found = convolve(x.requires_grad_(kind == "derived"), plus)
+    assert found.requires_grad == (kind == "derived")
+    tolerance = {"bfloat16": bound(x, weight).item(), "float64": 1e-12}.get(kind, 1e-4)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    if not in_place or kind in ("derived", "mapped"):
+        assert torch.equal(plus, kept)
+
+
+@torch.no_grad()
+def test_a_map_that_adds_itself_is_not_overwritten_while_it_is_read():
+    x, weight, bias = drawn(LARGE, 48)
+    expected = F.conv2d(x, weight, bias, padding=1) + x
+    found = convolution(x, weight, bias, 1, plus=x, in_place=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=120, deadline=None)
@@ -250,7 +294,9 @@ def test_what_the_kernel_serves(monkeypatch, kind, served):
     calls = []
     kernel = winograd_cpu.convolve
     monkeypatch.setattr(
-        winograd_cpu, "convolve", lambda *given: calls.append(given) or kernel(*given)
+        winograd_cpu,
+        "convolve",
+        lambda *given, **rest: calls.append(given) or kernel(*given, **rest),
     )
     with torch.set_grad_enabled(kind == "derived"):
         found = convolution(x, weight, bias, padding)

@@ -75,17 +75,20 @@ class ConvBlock(nn.Module):
         self.downsample = downsampling(out_channels) if down else None
 
     def forward(self, x: Tensor, *other: Tensor) -> tuple[Tensor, Tensor]:
-        y: Tensor = self.conv_1(x)
-        if self.norm is not None:
+        y: Tensor
+        if self.norm is None:
+            y = self.conv_1(x, slope=self.slope)
+        else:
+            y = self.conv_1(x)
             half = normalised(self.norm, y[:, : self.normed])
             if y.is_contiguous(memory_format=torch.channels_last):  # which the norm gives up
                 half = half.contiguous(memory_format=torch.channels_last)
-            y = torch.cat([half, y[:, self.normed :]], dim=1)
-        y = self.conv_2(F.leaky_relu(y, self.slope))
-        y = F.leaky_relu(y, self.slope) + self.identity(x)
+            y = F.leaky_relu(torch.cat([half, y[:, self.normed :]], dim=1), self.slope)
+        y = self.conv_2(y, slope=self.slope, plus=self.identity(x), in_place=True)
         if other:
             encoded, decoded = other
-            y = y + self.csff_enc(encoded) + self.csff_dec(decoded)
+            y = self.csff_enc(encoded, plus=y, in_place=True)
+            y = self.csff_dec(decoded, plus=y, in_place=True)
         return (y if self.downsample is None else self.downsample(y)), y
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +15,17 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Conv2d(nn.Conv2d):
-    """torch's convolution, faster where `fullres.ops.convolution` is.
+    """torch's convolution, faster where `fullres.ops.convolution` is; dense, padded by 0 or 1.
 
-    Shapes: (B, in_channels, H, W) to (B, out_channels, H', W'), memory format kept.
+    Shapes: (B, in_channels, H, W) to (B, out_channels, H', W'), memory format kept. What may
+    follow, `slope` and `plus`, is that function's.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **following: Any) -> Tensor:  # type: ignore[override]
         dense = (*self.stride, *self.dilation, self.groups) == (1,) * 5
         if dense and self.padding_mode == "zeros" and self.padding in ((0, 0), (1, 1)):
-            return convolution(x, self.weight, self.bias, padding=self.padding[0])
-        return super().forward(x)
+            return convolution(x, self.weight, self.bias, self.padding[0], **following)
+        return super().forward(x, **following)
 
 
 class LayerNorm2d(nn.Module):

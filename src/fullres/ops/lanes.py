@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import combinations
 from math import log
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features, llvm_version_info
 from numba import config, types
@@ -435,10 +437,8 @@ def _emit_outer(context: Any, builder: Any, signature: Any, values: Any) -> Any:
     step = _fma if arguments[0].dtype == types.float32 else _add_pairs
     for n in range(kind.rows):
         value = builder.load(_pointer(context, builder, arguments, (array, at)))
-        value = builder.bitcast(value, _FLOAT)
+        same = _everywhere(builder, builder.bitcast(value, _FLOAT))
         at = builder.add(at, stride)
-        first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _WORD(0))
-        same = builder.shuffle_vector(first, first, ir.Constant(_WORDS, None))
         for i, vector in enumerate(row, n * kind.vectors):
             total = step(builder, same, vector, builder.extract_value(block, i))
             # lest LLVM unroll the loop around this, which spills the sums to the stack
@@ -455,63 +455,141 @@ def _add_pairs(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
+def leaky(context, block, lanes, slope):
+    """Each row, of one vector, plus `lanes`, then those values below zero times a slope."""
+    return block(block, lanes, types.float32), _emit_leaky
+
+
+def _emit_leaky(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    block, lanes, slope = values
+    rows, slope = [], _everywhere(builder, slope)
+    for row in _rows(builder, signature.args[0], block):
+        total = builder.fadd(row, lanes)
+        below = builder.fcmp_ordered("<", total, _floats(0))
+        rows.append(builder.select(below, builder.fmul(total, slope), total))
+    return _block(builder, rows)
+
+
+@intrinsic
+def add_rows(context, block, array, at, stride):
+    """Each row, of one vector, plus that of an array, the n-th from `at + n * stride` on."""
+    return block(block, array, types.intp, types.intp), _emit_rows
+
+
+def _emit_rows(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    block, array, at, stride = values
+    read, rows = _lanes(*signature.args[1:3]), []
+    for row in _rows(builder, signature.args[0], block):
+        rows.append(builder.fadd(row, _emit_load(context, builder, read, (array, at))))
+        at = builder.add(at, stride)
+    return _block(builder, rows)
+
+
+@intrinsic
 def store_block(context, array, at, stride, block):
-    """Write a block's rows to an array of float32, the n-th from `at + n * stride` on."""
+    """Write a block's rows to an array, the n-th from `at + n * stride` on.
+
+    Of bfloat16, what is below normal values may become zero.
+    """
     return types.void(array, types.intp, types.intp, block), _emit_block
 
 
 @intrinsic
 def add_block(context, array, at, stride, block):
-    """Add a block's rows to what an array of float32 holds, the n-th from `at + n * stride` on."""
-    return types.void(array, types.intp, types.intp, block), partial(_emit_block, add=True)
+    """Add a block's rows to what an array holds, likewise."""
+    return types.void(array, types.intp, types.intp, block), partial(_emit_block, adds=True)
 
 
 def _emit_block(
-    context: Any, builder: Any, signature: Any, values: Any, *, add: bool = False
+    context: Any, builder: Any, signature: Any, values: Any, *, adds: bool = False
 ) -> Any:
     array, at, stride, block = values
-    kind = signature.args[3]
-    for n in range(kind.rows):
+    place, kind = signature.args[:2], signature.args[3]
+    rows = iter(_rows(builder, kind, block))
+    for _ in range(kind.rows):
         for v in range(kind.vectors):
-            pointer = _vector(context, builder, signature.args, (array, at), v)
-            vector = builder.extract_value(block, n * kind.vectors + v)
-            if add:
-                vector = builder.fadd(builder.load(pointer, align=4), vector)
-            builder.store(vector, pointer, align=4)
+            to = builder.add(at, ir.Constant(at.type, v * LANES))
+            vector = next(rows)
+            if adds:
+                held = _emit_load(context, builder, _lanes(*place), (array, to))
+                vector = builder.fadd(held, vector)
+            written = types.void(*place, _lanes)
+            _emit_store(context, builder, written, (array, to, vector), flushed=True)
         at = builder.add(at, stride)
     return context.get_dummy_value()
+
+
+def _rows(builder: Any, kind: Block, block: Any) -> list[Any]:
+    """The vectors of a block, row by row."""
+    return [builder.extract_value(block, i) for i in range(kind.rows * kind.vectors)]
+
+
+def _block(builder: Any, vectors: Sequence[Any]) -> Any:
+    """A block of vectors."""
+    block = ir.Constant(ir.ArrayType(_VECTOR, len(vectors)), ir.Undefined)
+    for i, vector in enumerate(vectors):
+        block = builder.insert_value(block, vector, i)
+    return block
 
 
 def combining(matrix: Sequence[Sequence[float]]) -> Any:
     """A function for kernels that multiplies vectors by a matrix that is known beforehand.
 
-    `combine(array, at, stride, target, to, step, start)` takes one vector a column of the matrix
-    from `array`, the n-th from `at + n * stride` on, and writes one a row, with `start` added to
-    each, to `target`, the n-th from `to + n * step` on. Arrays hold float32 or bfloat16, of which
-    what is below normal values may become zero.
+    `combine(array, at, stride)` takes one vector a column of the matrix, the n-th from
+    `at + n * stride` on, of float32 or bfloat16, and gives a block of one a row. Rows, and columns,
+    that differ by nothing but signs share their products.
     """
+    after, factors = _shared(np.asarray(matrix))
+    before, factors = (factor.T for factor in _shared(factors.T))
+    block = Block(len(after), 1)
 
     @intrinsic
-    def combine(context, array, at, stride, target, to, step, start):
-        place = (types.intp, types.intp)
-        return types.void(array, *place, target, *place, _lanes), emit
+    def combine(context, array, at, stride):
+        return block(array, types.intp, types.intp), emit
 
     def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        array, at, stride, target, to, step, start = values
-        written = types.void(signature.args[3], types.intp, _lanes)
-        given = []
-        for _ in matrix[0]:
-            given.append(_emit_load(context, builder, signature, (array, at)))
+        array, at, stride = values
+        vectors = []
+        for _ in before.T:
+            vectors.append(_emit_load(context, builder, signature, (array, at)))
             at = builder.add(at, stride)
-        for row in matrix:
-            total = start
-            for factor, vector in zip(row, given, strict=True):
-                total = _fma(builder, _floats(factor), vector, total) if factor else total
-            _emit_store(context, builder, written, (target, to, total), flushed=True)
-            to = builder.add(to, step)
-        return context.get_dummy_value()
+        for factor in (before, factors, after):
+            vectors = [_sum(builder, row, vectors) for row in factor]
+        return _block(builder, vectors)
 
     return combine
+
+
+def _shared(matrix: Any) -> tuple[Any, Any]:
+    """Factors of a matrix: of two rows alike but for signs, the second has half of their sum and
+    half of their difference, in which there is less to multiply, and the first adds these up.
+    """
+    first, second = np.eye(len(matrix)), matrix.copy()
+    for k, i in combinations(range(len(matrix)), 2):
+        if (abs(matrix[k]) == abs(matrix[i])).all():
+            first[k, i], first[i, k], first[i, i] = 1, 1, -1
+            second[[k, i]] = (matrix[k] + matrix[i]) / 2, (matrix[k] - matrix[i]) / 2
+    return first, second
+
+
+def _sum(builder: Any, factors: Any, vectors: Any) -> Any:
+    """Vectors times factors, of which those that are 1 come first: they take no products."""
+    total = None
+    terms = [pair for pair in zip(factors, vectors, strict=True) if pair[0]]
+    for factor, vector in sorted(terms, key=lambda pair: pair[0] != 1):
+        if total is None:
+            total = vector if factor == 1 else builder.fmul(_floats(factor), vector)
+        elif abs(factor) == 1:
+            total = (builder.fadd if factor == 1 else builder.fsub)(total, vector)
+        else:
+            total = _fma(builder, _floats(factor), vector, total)
+    return total
+
+
+def _everywhere(builder: Any, value: Any) -> Any:
+    """A vector of the same value."""
+    first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _WORD(0))
+    return builder.shuffle_vector(first, first, ir.Constant(_WORDS, None))
 
 
 def _words(value: int) -> Any:

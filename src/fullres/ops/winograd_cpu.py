@@ -25,14 +25,16 @@ from fullres.ops.arrays import as_array, as_rows
 from fullres.ops.lanes import (
     LANES,
     PAIRS,
+    add_rows,
     claim,
     combining,
+    leaky,
     load,
     pointer,
     prefetch,
     processor_has,
+    store_block,
     store_words,
-    zeros,
 )
 from fullres.ops.products_cpu import matmul, next_width
 from fullres.ops.threads import split, spread
@@ -69,8 +71,16 @@ _zero_row = np.zeros(3 * LANES, np.float32)  # that products begin with
 _tile, _weigh, _output = (combining(matrix) for matrix in _transforms())
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-    """As `fullres.ops.convolution` has it, of a channels-last map in float32.
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: int,
+    slope: float = 1,
+    plus: Tensor | None = None,
+    in_place: bool = False,
+) -> Tensor:
+    """As `fullres.ops.convolution` has it, of channels-last maps in float32.
 
     From at least `LANES` channels to at least as many. Where `PAIRS`, also in bfloat16, from an
     even number of channels.
@@ -78,7 +88,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Te
     batch, channels, height, width = x.shape
     outs = len(weight)
     shape = (batch, outs, height + 2 * padding - 2, width + 2 * padding - 2)
-    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    out = plus if in_place and plus is not None and outs % LANES == 0 else None
+    if out is None:
+        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     start = torch.zeros(outs) if bias is None else bias.detach().float().contiguous()
     vectors = -(-outs // LANES)
     threads = torch.get_num_threads()
@@ -92,12 +104,14 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Te
     run = _run(channels + outs, -(-across * down // threads))
     runs = split(-(-across * down // run), 4 * threads)
     source, target = as_rows(x), as_rows(out)
+    added = [None] * batch if plus is None else as_rows(plus)
     spread(
         [
             (
                 _convolved,
-                *(source[b], channels, padding, target[b], start.numpy()),
-                *(factors, run, first * run, min(last * run, across * down)),
+                *(source[b], channels, padding, target[b], start.numpy(), np.float32(slope)),
+                *(added[b], factors, run),
+                *(first * run, min(last * run, across * down)),
             )
             for b in range(batch)
             for first, last in runs
@@ -150,7 +164,7 @@ def _transformed(taps, channels, outs, factors, first, last):
 
     Those of a plane lie together, in them those of a block, in them those of a word of channels.
     """
-    some, room, nothing = _in_word(taps), _room(3 * TILE * LANES), zeros()
+    some, room = _in_word(taps), _room(3 * TILE * LANES)
     planes = _room(some * PLANES * LANES)
     vectors, plane, target = -(-outs // LANES), factors.shape[1], pointer(factors)
     for word in range(first, last):
@@ -162,10 +176,12 @@ def _transformed(taps, channels, outs, factors, first, last):
                     at = (word * some + c) * outs + min((begin + n) * LANES, outs - LANES)
                     for r in range(3):
                         row = at + 3 * r * channels * outs
-                        _weigh(taps, row, channels * outs, room, r * TILE * LANES, LANES, nothing)
+                        block = _weigh(taps, row, channels * outs)
+                        store_block(room, r * TILE * LANES, LANES, block)
                     for j in range(TILE):
                         to = (c * PLANES + j) * LANES
-                        _weigh(room, j * LANES, TILE * LANES, planes, to, TILE * LANES, nothing)
+                        block = _weigh(room, j * LANES, TILE * LANES)
+                        store_block(planes, to, TILE * LANES, block)
                 to = begin * (channels // some) * LANES + (word * width + n) * LANES
                 for p in range(PLANES):
                     values = load(planes, p * LANES)
@@ -175,8 +191,11 @@ def _transformed(taps, channels, outs, factors, first, last):
 
 
 @_jit
-def _convolved(x, channels, padding, out, bias, factors, run, first, last):
-    """Make a run of tiles, counted along the rows, of a result (H', W' * K) of rows (H, W * C)."""
+def _convolved(x, channels, padding, out, bias, slope, plus, factors, run, first, last):
+    """Make a run of tiles, counted along the rows, of a result (H', W' * K) of rows (H, W * C).
+
+    What is added to it is None or like the result.
+    """
     outs, some = len(bias), _in_word(x)
     out_width = out.shape[1] // outs
     across = -(-out_width // SIDE)
@@ -184,7 +203,7 @@ def _convolved(x, channels, padding, out, bias, factors, run, first, last):
     sums = _room(PLANES * _apart(run * -(-outs // LANES) * LANES)).reshape(PLANES, -1)
     room = _room(PLANES * LANES)
     pixels = np.zeros((TILE, TILE * channels), x.dtype)
-    results = np.zeros((SIDE, SIDE * outs), x.dtype)
+    results, others = np.zeros((2, SIDE, SIDE * outs), x.dtype)
     for begin in range(first, last, run):
         count = min(run, last - begin)
         for n in range(count):
@@ -203,12 +222,16 @@ def _convolved(x, channels, padding, out, bias, factors, run, first, last):
             top, left = divmod(begin + n, across)
             top, left = top * SIDE, left * SIDE
             if top + SIDE <= len(out) and left + SIDE <= out_width:
-                _give(sums, n, bias, out, top, left, room)
+                _give(sums, n, bias, slope, plus, out, top, left, room)
             else:
-                _give(sums, n, bias, results, 0, 0, room)
                 corner, end = left * outs, min(left + SIDE, out_width) * outs
-                for r in range(top, min(top + SIDE, len(out))):
-                    out[r, corner:end] = results[r - top, : end - corner]
+                rows, values = min(SIDE, len(out) - top), end - corner
+                if plus is None:
+                    _give(sums, n, bias, slope, None, results, 0, 0, room)
+                else:
+                    others[:rows, :values] = plus[top : top + rows, corner:end]
+                    _give(sums, n, bias, slope, others, results, 0, 0, room)
+                out[top : top + rows, corner:end] = results[:rows, :values]
 
 
 @_jit
@@ -252,15 +275,17 @@ def _cut(x, top, left, channels, pixels):
 @_jit
 def _take(x, top, left, channels, tiles, n, room):
     """Transform the tile with this corner to the n-th values of every plane."""
-    row, plane, nothing = x.shape[1], tiles.shape[1], zeros()
+    row, plane = x.shape[1], tiles.shape[1]
     source, target, room = pointer(x), pointer(tiles), pointer(room)
     for begin in range(0, channels, LANES):
         c = min(begin, channels - LANES)
         at, to = top * row + left * channels + c, n * channels + c
         for r in range(TILE):
-            _tile(source, at + r * row, channels, room, r * TILE * LANES, LANES, nothing)
+            block = _tile(source, at + r * row, channels)
+            store_block(room, r * TILE * LANES, LANES, block)
         for j in range(TILE):
-            _tile(room, j * LANES, TILE * LANES, target, to + j * plane, TILE * plane, nothing)
+            block = _tile(room, j * LANES, TILE * LANES)
+            store_block(target, to + j * plane, TILE * plane, block)
 
 
 @_jit
@@ -280,9 +305,9 @@ def _multiply(tiles, channels, factors, outs, sums, count):
 
 
 @_jit
-def _give(sums, n, bias, out, top, left, room):
+def _give(sums, n, bias, slope, plus, out, top, left, room):
     """Transform the n-th sums of every plane to the outputs of the tile with this corner."""
-    outs, nothing = len(bias), zeros()
+    outs = len(bias)
     whole = -(-outs // LANES) * LANES
     row, plane = out.shape[1], sums.shape[1]
     source, target, room = pointer(sums), pointer(out), pointer(room)
@@ -290,8 +315,11 @@ def _give(sums, n, bias, out, top, left, room):
         k = min(begin, outs - LANES)
         at, to = n * whole + begin, top * row + left * outs + k
         for i in range(TILE):
-            at_i = at + i * TILE * plane
-            _output(source, at_i, plane, room, i * SIDE * LANES, LANES, nothing)
+            block = _output(source, at + i * TILE * plane, plane)
+            store_block(room, i * SIDE * LANES, LANES, block)
         start = load(bias, k)
         for j in range(SIDE):
-            _output(room, j * LANES, SIDE * LANES, target, to + j * outs, row, start)
+            block = leaky(_output(room, j * LANES, SIDE * LANES), start, slope)
+            if plus is not None:
+                block = add_rows(block, plus, to + j * outs, row)
+            store_block(target, to + j * outs, row, block)
