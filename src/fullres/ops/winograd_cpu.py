@@ -95,11 +95,12 @@ def convolve(
     vectors = -(-outs // LANES)
     threads = torch.get_num_threads()
 
-    taps = as_array(weight.permute(2, 3, 1, 0).flatten())
+    taps = as_array(weight.permute(0, 2, 3, 1).flatten())
     words = channels // _in_word(taps)
     factors = torch.empty(PLANES, _apart(words * vectors * LANES)).numpy()
     factors = factors if words == channels else factors.view(np.uint32)
-    spread([(_transformed, taps, channels, outs, factors, *run) for run in split(words, threads)])
+    chunks = split(-(-channels // LANES), threads)
+    spread([(_transformed, taps, channels, outs, factors, *chunk) for chunk in chunks])
     across, down = -(-shape[3] // SIDE), -(-shape[2] // SIDE)
     run = _run(channels + outs, -(-across * down // threads))
     runs = split(-(-across * down // run), 4 * threads)
@@ -160,34 +161,51 @@ def _room(length):
 
 @_jit
 def _transformed(taps, channels, outs, factors, first, last):
-    """Transform the weights (3, 3, C, K) of a run of channels, to be read by blocks of products.
+    """Transform the weights (K, 3, 3, C) of some runs of `LANES` channels, to be read by products.
 
-    Those of a plane lie together, in them those of a block, in them those of a word of channels.
+    Those of a plane lie together, in them those of a block of outputs, in them those of a word of
+    channels.
     """
     some, room = _in_word(taps), _room(3 * TILE * LANES)
-    planes = _room(some * PLANES * LANES)
+    planes, turned = _room(some * PLANES * LANES), np.zeros(9 * LANES**2, taps.dtype)
     vectors, plane, target = -(-outs // LANES), factors.shape[1], pointer(factors)
-    for word in range(first, last):
-        begin = 0
-        while begin < vectors:
-            width = next_width(vectors - begin)
+    begin = 0
+    while begin < vectors:
+        width = next_width(vectors - begin)
+        for top in range(first * LANES, min(last * LANES, channels), LANES):
+            count = min(LANES, channels - top)
             for n in range(width):
-                for c in range(some):
-                    at = (word * some + c) * outs + min((begin + n) * LANES, outs - LANES)
+                k = min((begin + n) * LANES, outs - LANES)
+                _turn(taps, k, top, count, channels, turned)
+                for c in range(count):
                     for r in range(3):
-                        row = at + 3 * r * channels * outs
-                        block = _weigh(taps, row, channels * outs)
+                        block = _weigh(turned, (3 * r * LANES + c) * LANES, LANES**2)
                         store_block(room, r * TILE * LANES, LANES, block)
                     for j in range(TILE):
-                        to = (c * PLANES + j) * LANES
                         block = _weigh(room, j * LANES, TILE * LANES)
+                        to = (c % some * PLANES + j) * LANES
                         store_block(planes, to, TILE * LANES, block)
-                to = begin * (channels // some) * LANES + (word * width + n) * LANES
-                for p in range(PLANES):
-                    values = load(planes, p * LANES)
-                    others = load(planes, ((some - 1) * PLANES + p) * LANES)
-                    store_words(target, to + p * plane, values, others)
-            begin += width
+                    if c % some == some - 1:
+                        to = begin * (channels // some) + (top + c) // some * width + n
+                        for p in range(PLANES):
+                            values = load(planes, p * LANES)
+                            others = load(planes, ((some - 1) * PLANES + p) * LANES)
+                            store_words(target, to * LANES + p * plane, values, others)
+        begin += width
+
+
+@_jit
+def _turn(taps, k, c, count, channels, turned):
+    """Take the weights (`LANES`, 3, 3, count) from an output and a channel on as (3, 3, `LANES`,
+    `LANES`), first channels, then outputs; those of the next channels are fetched.
+    """
+    source = pointer(taps)
+    for n in range(LANES):
+        for tap in range(9):
+            at, to = ((k + n) * 9 + tap) * channels + c, tap * LANES**2 + n
+            prefetch(source, at + LANES)
+            for i in range(count):
+                turned[to + i * LANES] = taps[at + i]
 
 
 @_jit
