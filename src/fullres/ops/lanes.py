@@ -150,10 +150,9 @@ def _emit_store(
     if kind == types.float64:
         builder.store(lanes, builder.bitcast(pointer, _WIDE.as_pointer()), align=8)
     elif kind == types.float32:
-        align = 4 * LANES if past_caches else 4
-        written = builder.store(lanes, builder.bitcast(pointer, _VECTOR.as_pointer()), align=align)
+        written = builder.store(lanes, builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
         if past_caches:
-            written.set_metadata("nontemporal", builder.module.add_metadata([_WORD(1)]))
+            _past_caches(builder, written)
     else:
         pointer = builder.bitcast(pointer, _HALVES.as_pointer())
         builder.store(_rounded(builder, lanes, flushed), pointer, align=2)
@@ -200,21 +199,28 @@ def _rounded(builder: Any, lanes: Any, flushed: bool) -> Any:
 
 
 @intrinsic
-def store_words(context, array, at, lanes, others):
+def stream_words(context, array, at, lanes, others):
     """Write sixteen values to an array of float32 from a position on, as they are; or, to one of
-    uint32, sixteen pairs of them and others, rounded to bfloat16 as `combining` has it.
+    uint32, sixteen pairs of them and others, rounded to bfloat16, where what is below normal values
+    may become zero. Past caches, as `stream` does.
     """
     return types.void(array, types.intp, lanes, others), _emit_words
 
 
 def _emit_words(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-    if signature.args[0].dtype == types.float32:
-        return _emit_store(context, builder, signature, values)
-    low, high = (builder.zext(_rounded(builder, half, True), _WORDS) for half in values[2:])
-    words = builder.or_(low, builder.shl(high, _words(16)))
+    words = values[2]
+    if signature.args[0].dtype == types.uint32:
+        low, high = (builder.zext(_rounded(builder, half, True), _WORDS) for half in values[2:])
+        words = builder.or_(low, builder.shl(high, _words(16)))
     pointer = _pointer(context, builder, signature.args, values)
-    builder.store(words, builder.bitcast(pointer, _WORDS.as_pointer()), align=4)
+    written = builder.store(words, builder.bitcast(pointer, words.type.as_pointer()))
+    _past_caches(builder, written)
     return context.get_dummy_value()
+
+
+def _past_caches(builder: Any, written: Any) -> None:
+    written.align = 4 * LANES
+    written.set_metadata("nontemporal", builder.module.add_metadata([_WORD(1)]))
 
 
 @intrinsic
@@ -414,6 +420,42 @@ def blocks(rows: int, vectors: int) -> Any:
 
 
 square = blocks(LANES, 1)
+
+
+@intrinsic
+def load_square(context, array, at, stride):
+    """Sixteen rows of an array, the n-th from `at + n * stride` on."""
+    return Block(LANES, 1)(array, types.intp, types.intp), _emit_square
+
+
+def _emit_square(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    array, at, stride = values
+    rows = []
+    for _ in range(LANES):
+        rows.append(_emit_load(context, builder, signature, (array, at)))
+        at = builder.add(at, stride)
+    return _block(builder, rows)
+
+
+@intrinsic
+def transposed(context, square):
+    """Rows of a square as columns."""
+    return square(square), _emit_transposed
+
+
+def _emit_transposed(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    rows = _rows(builder, *signature.args, *values)
+    for far in (8, 4, 2, 1):  # off-diagonal blocks of this side change places
+        for n in range(LANES):
+            if not n & far:
+                low, high = rows[n], rows[n + far]
+                pick = [[i, i + LANES - far][i & far > 0] for i in range(LANES)]
+                other = [[i + far, i + LANES][i & far > 0] for i in range(LANES)]
+                rows[n], rows[n + far] = (
+                    builder.shuffle_vector(low, high, ir.Constant(_WORDS, which))
+                    for which in (pick, other)
+                )
+    return _block(builder, rows)
 
 
 @intrinsic

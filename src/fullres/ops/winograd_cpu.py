@@ -28,13 +28,16 @@ from fullres.ops.lanes import (
     add_rows,
     claim,
     combining,
+    drain,
     leaky,
     load,
+    load_square,
     pointer,
     prefetch,
     processor_has,
     store_block,
-    store_words,
+    stream_words,
+    transposed,
 )
 from fullres.ops.products_cpu import matmul, next_width
 from fullres.ops.threads import split, spread
@@ -150,8 +153,8 @@ def _apart(length):
 
 @_jit
 def _room(length):
-    """Zeros whose first begins a line of cache, so that vectors lie in one line, not in two."""
-    room = np.zeros(length + LANES, np.float32)
+    """Any values, whose first begins a line of cache, so that vectors lie in one line, not in two."""
+    room = np.empty(length + LANES, np.float32)
     skipped = -(room.ctypes.data // room.itemsize) % LANES
     return room[skipped : skipped + length]
 
@@ -163,21 +166,20 @@ def _room(length):
 def _transformed(taps, channels, outs, factors, first, last):
     """Transform the weights (K, 3, 3, C) of some runs of `LANES` channels, to be read by products.
 
-    Those of a plane lie together, in them those of a block of outputs, in them those of a word of
-    channels.
+    Factors begin with a line of cache. Those of a plane lie together, in them those of a block of
+    outputs, in them those of a word of channels.
     """
-    some, room = _in_word(taps), _room(3 * TILE * LANES)
-    planes, turned = _room(some * PLANES * LANES), np.zeros(9 * LANES**2, taps.dtype)
+    some, room, turned = _in_word(taps), _room(3 * TILE * LANES), _room(9 * LANES**2)
+    planes = _room(some * PLANES * LANES)
     vectors, plane, target = -(-outs // LANES), factors.shape[1], pointer(factors)
     begin = 0
     while begin < vectors:
         width = next_width(vectors - begin)
-        for top in range(first * LANES, min(last * LANES, channels), LANES):
-            count = min(LANES, channels - top)
+        for run in range(first, last):
+            top = min(run * LANES, channels - LANES)
             for n in range(width):
-                k = min((begin + n) * LANES, outs - LANES)
-                _turn(taps, k, top, count, channels, turned)
-                for c in range(count):
+                _turn(taps, min((begin + n) * LANES, outs - LANES), top, channels, turned)
+                for c in range(LANES):
                     for r in range(3):
                         block = _weigh(turned, (3 * r * LANES + c) * LANES, LANES**2)
                         store_block(room, r * TILE * LANES, LANES, block)
@@ -190,22 +192,22 @@ def _transformed(taps, channels, outs, factors, first, last):
                         for p in range(PLANES):
                             values = load(planes, p * LANES)
                             others = load(planes, ((some - 1) * PLANES + p) * LANES)
-                            store_words(target, to * LANES + p * plane, values, others)
+                            stream_words(target, to * LANES + p * plane, values, others)
         begin += width
+    drain()
 
 
 @_jit
-def _turn(taps, k, c, count, channels, turned):
-    """Take the weights (`LANES`, 3, 3, count) from an output and a channel on as (3, 3, `LANES`,
-    `LANES`), first channels, then outputs; those of the next channels are fetched.
+def _turn(taps, k, c, channels, turned):
+    """Take the weights (`LANES`, 3, 3, `LANES`) from an output and a channel on as (3, 3, `LANES`,
+    `LANES`), channels before outputs; those of the next channels are fetched.
     """
     source = pointer(taps)
-    for n in range(LANES):
-        for tap in range(9):
-            at, to = ((k + n) * 9 + tap) * channels + c, tap * LANES**2 + n
-            prefetch(source, at + LANES)
-            for i in range(count):
-                turned[to + i * LANES] = taps[at + i]
+    for tap in range(9):
+        at = (9 * k + tap) * channels + c
+        store_block(turned, tap * LANES**2, LANES, transposed(load_square(taps, at, 9 * channels)))
+        for n in range(LANES):
+            prefetch(source, at + 9 * n * channels + LANES)
 
 
 @_jit
