@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from fullres.errors import ConversionError
 from fullres.local import Local, convert
-from fullres.networks.spdnet import Haar, SPDNet, WaveletNetwork, residue
+from fullres.networks.spdnet import Haar, SPDNet, SqueezeExcitation, WaveletNetwork, residue
+from fullres.ops.box import local_mean_reference
 
 
 def test_names_and_shapes_are_those_of_the_reference(golden):
@@ -62,13 +66,30 @@ def test_levels_take_any_size(size):
 
 
 @torch.no_grad()
-def test_every_pooling_in_use_becomes_local():
+def test_every_attention_in_use_becomes_local():
     network = SPDNet(n_resblocks=1).eval()
     with convert(network, Local(16)) as conversion:
-        assert {op.kind for op in conversion.converted} == {"average pool"}
+        assert {op.kind for op in conversion.converted} == {"SqueezeExcitation"}
         # three turns of three levels, two fusions, for each of three networks; three priors
         assert len(conversion.converted) == 3 * (9 + 2) + 3
         assert not conversion.plan.still_global
+
+
+@pytest.mark.parametrize("size", [(9, 14), (7, 30), (40, 9)])
+@pytest.mark.parametrize("derived", [False, True])
+def test_local_attention_is_that_of_float64(size, derived):
+    torch.manual_seed(0)
+    attention = SqueezeExcitation(32)
+    x, plus = (torch.randn(2, 32, *size).to(memory_format=torch.channels_last) for _ in range(2))
+    wide = copy.deepcopy(attention).double()
+    means = local_mean_reference(x.double(), (8, 9)).permute(0, 2, 3, 1)
+    expected = x.double() * wide.fc(means).permute(0, 3, 1, 2) + plus.double()
+    with torch.set_grad_enabled(derived):
+        found = attention.to_local((8, 9))(x.clone(), plus)
+    assert found.requires_grad == derived
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ConversionError, match="already"):
+        attention.to_local((8, 9)).to_local((8, 9))
 
 
 def test_only_the_published_number_of_channels():

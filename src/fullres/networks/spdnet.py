@@ -21,8 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullres.networks.layers import Conv2d, product, total, weighted
+from fullres.networks.layers import Conv2d, local_already, product, sharing, total, weighted
 from fullres.networks.spec import Architecture, Spec, State, count
+from fullres.ops.box import local_mean
+from fullres.ops.frames import Frame
+from fullres.ops.gate import Layer, gated
 
 PRIOR_CHANNELS = 32
 """Channels of features and prior, which the prior block fixes."""
@@ -75,7 +78,6 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.avg_pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Sequential(
             nn.Linear(channels, channels, bias=False),
             nn.ReLU(),
@@ -85,8 +87,49 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, x: Tensor, plus: Tensor) -> Tensor:
         batch, channels = x.shape[:2]
-        gate: Tensor = self.fc(self.avg_pool(x).view(batch, channels))
+        gate: Tensor = self.fc(x.mean((2, 3)))
         return weighted(x, gate.view(batch, channels, 1, 1), plus)
+
+    def to_local(self, window: tuple[int, int]) -> LocalSqueezeExcitation:
+        """The same attention by local means, sharing the parameters of this one.
+
+        Args:
+            window: height and width in positions of the map.
+        """
+        local = sharing(self, LocalSqueezeExcitation)
+        local.window = window
+        return local
+
+
+class LocalSqueezeExcitation(SqueezeExcitation):
+    """Channel attention by the means of a window around each position.
+
+    The same as with a converted pooling, in fewer steps, which there are many of on small maps.
+    """
+
+    window: tuple[int, int]
+
+    def forward(self, x: Tensor, plus: Tensor) -> Tensor:
+        frame = Frame.of((x.shape[2], x.shape[3]), self.window)
+        if frame.windows == (1, 1):
+            return super().forward(x, plus)
+        first, second = (layer.weight for layer in self.fc if isinstance(layer, nn.Linear))
+        relu, sigmoid = Layer(activation="relu"), Layer(activation="sigmoid")
+        layers = (Layer(first), relu, Layer(second), sigmoid)
+        means = local_mean(x, self.window, replicate=False)
+        in_place = not torch.is_grad_enabled()
+        return gated(x, means, layers, frame, plus=plus, in_place=in_place)
+
+    def to_local(self, window: tuple[int, int]) -> LocalSqueezeExcitation:
+        """Refused: it is local.
+
+        Raises:
+            ConversionError: always.
+        """
+        raise local_already(self)
+
+    def extra_repr(self) -> str:
+        return f"window={self.window[0]}×{self.window[1]}"
 
 
 class ResidualBlock(nn.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -45,6 +46,7 @@ def spread(jobs: list[Job]) -> None:
 
     def work(_: int | None) -> None:
         try:
+            _known_to_python()
             _work(waiting)
         except BaseException as failure:  # noqa: BLE001 - must not leave a thread that is not ours
             failures.append(failure)
@@ -57,6 +59,20 @@ def spread(jobs: list[Job]) -> None:
 def _work(waiting: Iterator[Job]) -> None:
     for kernel, *arguments in waiting:
         kernel(*arguments)
+
+
+_here = threading.local()
+
+
+def _known_to_python() -> None:
+    """Have Python remember a thread that it did not start.
+
+    It forgets such a thread when a call returns, and setting it up anew at the next takes as long
+    as a short job.
+    """
+    if not hasattr(_here, "known"):
+        ctypes.pythonapi.PyGILState_Ensure()  # which, released never, lets go of nothing
+        _here.known = True
 
 
 @cache

@@ -153,7 +153,7 @@ def _apart(length):
 
 @_jit
 def _room(length):
-    """Any values, whose first begins a line of cache, so that vectors lie in one line, not in two."""
+    """Room for values, that begins with a line of cache: vectors lie in one line, not in two."""
     room = np.empty(length + LANES, np.float32)
     skipped = -(room.ctypes.data // room.itemsize) % LANES
     return room[skipped : skipped + length]
