@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from fullres.ops import box_pixels_cpu
 from fullres.ops.box import (
@@ -19,6 +19,7 @@ from fullres.ops.box import (
     local_mean_reference,
     local_mean_var,
     local_mean_var_reference,
+    local_normalise,
 )
 
 # rounding to the type once, with a little room for rounding through float32
@@ -296,14 +297,36 @@ def test_compile_takes_the_whole_graph():
     torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # map by map
+TRANSFORMED = {
+    "mean": lambda x: local_mean(x, (3, 4)),
+    "variance": lambda x: local_mean_var(x, (3, 4))[1],
+    "normalised": lambda x: local_normalise(x, (3, 4), x[0, :, 0, 0], x[0, :, 1, 1]),
+    "maximum": lambda x: local_max(x, (3, 4)),
+}
+
+
 @pytest.mark.parametrize("last", [False, True])
-def test_torch_func_maps_it(last):
+@pytest.mark.parametrize("statistic", TRANSFORMED.values(), ids=TRANSFORMED)
+def test_torch_func_maps_it(statistic, last):
     x = torch.randn(3, 2, 5, 9, 11)
     x = x.movedim(2, -1).contiguous().movedim(-1, 2) if last else x
     with torch.no_grad():
-        mapped = torch.vmap(lambda y: local_mean(y, (3, 4)))(x)
-    torch.testing.assert_close(mapped, torch.stack([local_mean(y, (3, 4)) for y in x]))
+        mapped = torch.vmap(statistic)(x)
+    torch.testing.assert_close(mapped, torch.stack([statistic(y) for y in x]))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # which torch itself calls
+@pytest.mark.parametrize("statistic", TRANSFORMED.values(), ids=TRANSFORMED)
+def test_forward_derivatives_are_those_of_differences(statistic):
+    x, towards = torch.randn(2, 2, 3, 9, 11, dtype=torch.float64)
+    _, derived = torch.func.jvp(statistic, (x,), (towards,))
+    step = 1e-6 * towards
+    with torch.no_grad():
+        difference = (statistic(x + step) - statistic(x - step)) / 2e-6
+    torch.testing.assert_close(derived, difference, rtol=1e-6, atol=1e-6)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(statistic(forward_ad.make_dual(x, towards)))
+    torch.testing.assert_close(dual.tangent, derived)
 
 
 def test_threads_do_not_meet():

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fullres.ops.arrays import for_kernel
+from fullres.ops.arrays import for_kernel, transformed
 
 
 def local_mean(x: Tensor, window: tuple[int, int], *, replicate: bool = True) -> Tensor:
@@ -45,6 +45,8 @@ def local_mean(x: Tensor, window: tuple[int, int], *, replicate: bool = True) ->
     tensor([[[[1., 1., 2., 3., 3.]]]])
     """
     kh, kw = _clipped(x, window)
+    if transformed():  # of which torch's operators know nothing
+        return local_mean_reference(x, window, replicate=replicate)
     at_once = for_kernel(x, dtypes=(torch.float32, torch.bfloat16))  # torch's dispatch takes 0.1 ms
     operator = _local_mean_cpu if at_once else torch.ops.fullres.local_mean
     mean: Tensor = operator(x, kh, kw, replicate)
@@ -63,7 +65,10 @@ def local_mean_var(
     tensor([1., 0., 0.])
     """
     kh, kw = _clipped(x, window)
-    mean, var = torch.ops.fullres.local_mean_var(x, kh, kw)
+    if transformed():
+        mean, var = local_mean_var_reference(x, window)
+    else:
+        mean, var = torch.ops.fullres.local_mean_var(x, kh, kw)
     if not replicate:
         mean, var = _contained(mean, kh, kw), _contained(var, kh, kw)
     return mean, var
@@ -92,6 +97,11 @@ def local_normalise(
     tensor([-1., nan, nan])
     """
     kh, kw = _clipped(x, window)
+    if transformed():
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean, var = local_mean_var_reference(wide, window)
+        scale = (var + eps).rsqrt() * _by_channel(weight, x, 1)
+        return ((wide - mean) * scale + _by_channel(bias, x, 0)).to(x.dtype)
     y: Tensor = torch.ops.fullres.local_normalise(x, weight, bias, kh, kw, eps)
     return y
 
@@ -164,7 +174,7 @@ def local_max(x: Tensor, window: tuple[int, int], *, replicate: bool = True) -> 
 def _has_fast_max(x: Tensor) -> bool:
     differentiated = torch.is_grad_enabled() and x.requires_grad
     wide = x.dtype in (torch.float32, torch.float64)
-    return x.device.type == "cpu" and wide and not differentiated
+    return x.device.type == "cpu" and wide and not (differentiated or transformed())
 
 
 @torch.library.custom_op("fullres::local_max", mutates_args=(), device_types="cpu")
