@@ -31,6 +31,12 @@ def share_memory(x: Tensor, y: Tensor) -> bool:
     return bool(x.untyped_storage()._cdata == y.untyped_storage()._cdata)
 
 
+def written(x: Tensor) -> Tensor:
+    """The same, which torch is told that a kernel writes to."""
+    torch.autograd.graph.increment_version(x)
+    return x
+
+
 def traced() -> bool:
     """Whether a compiler or a tracer records what is computed: it sees calls of torch alone."""
     return torch.compiler.is_compiling() or jit_traced()

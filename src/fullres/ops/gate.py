@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fullres.ops.arrays import for_kernel
+from fullres.ops.arrays import for_kernel, written
 from fullres.ops.box import local_mean
 from fullres.ops.convolution import convolution
 from fullres.ops.frames import Frame, Size
@@ -88,7 +88,7 @@ def gated(
     if _serves(x, inner, layers, plus):
         from fullres.ops import gate_cpu
 
-        out = _written(x) if in_place else torch.empty_like(x)
+        out = written(x) if in_place else torch.empty_like(x)
         return gate_cpu.gated(x, inner, layers, frame, plus, out)
     return frame.scaled(x, layered(inner, layers), plus=plus, in_place=in_place)
 
@@ -123,16 +123,10 @@ def attended(
         from fullres.ops import attention_cpu
 
         if attention_cpu.serves(frame):
-            out = _written(x) if in_place else torch.empty_like(x)
+            out = written(x) if in_place else torch.empty_like(x)
             return attention_cpu.attended(x, squeeze, layers, frame, plus, out)
     inner = local_mean(squeeze(x), window, replicate=False)
     return gated(x, inner, layers, frame, plus=plus, in_place=in_place)
-
-
-def _written(x: Tensor) -> Tensor:
-    """The same, which torch is told that a kernel writes to."""
-    torch.autograd.graph.increment_version(x)
-    return x
 
 
 def _serves(x: Tensor, inner: Tensor, layers: Sequence[Layer], plus: Tensor | None) -> bool:

@@ -21,7 +21,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from fullres.ops.arrays import as_array, as_rows
+from fullres.ops.arrays import as_array, as_rows, written
 from fullres.ops.lanes import (
     LANES,
     PAIRS,
@@ -91,8 +91,9 @@ def convolve(
     batch, channels, height, width = x.shape
     outs = len(weight)
     shape = (batch, outs, height + 2 * padding - 2, width + 2 * padding - 2)
-    out = plus if in_place and plus is not None and outs % LANES == 0 else None
-    if out is None:
+    if in_place and plus is not None and outs % LANES == 0:
+        out = written(plus)
+    else:
         out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     start = torch.zeros(outs) if bias is None else bias.detach().float().contiguous()
     vectors = -(-outs // LANES)
