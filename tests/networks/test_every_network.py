@@ -25,6 +25,7 @@ from fullres.errors import ConversionError
 from fullres.io.image import open_image
 from fullres.networks.catalog import create_network, networks, open_network
 from fullres.networks.spec import Network, Spec
+from fullres.ops import parts
 
 RESTORMER = {
     "dim": 4,
@@ -294,6 +295,38 @@ def test_traces(case, local):
         return
     traced = torch.jit.trace(network.module, x, check_trace=False)
     assert_close(traced(other), network.module(other))
+
+
+@both
+@cases()
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # picture by picture
+def test_torch_func_maps_it(monkeypatch, case, local, gradients):
+    monkeypatch.setitem(parts.BUDGET, "cpu", 2**12)
+    network = made(case, local)
+    network.module.to(memory_format=torch.channels_last)
+    pictures = picture(network.spec, 26, 27, batch=2).unsqueeze(1)
+    with torch.set_grad_enabled(gradients):
+        mapped = torch.func.vmap(network.module)(pictures)
+        assert_close(mapped, torch.stack([network.module(one) for one in pictures]))
+
+
+@both
+@cases()
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # which torch itself calls
+def test_forward_derivatives_are_those_of_reverse_mode_or_refused(case, local):
+    network = made(case, local)
+    network.module.double()
+    x, towards = picture(network.spec, 26, 27, batch=2).double().split(1)
+    try:
+        _, forward = torch.func.jvp(network.module, (x,), (towards,))
+    except NotImplementedError as refusal:
+        if "reverse mode" not in str(refusal):
+            raise
+        return
+    weights = torch.rand_like(forward)
+    _, pulled = torch.func.vjp(network.module, x)
+    torch.testing.assert_close((forward * weights).sum(), (pulled(weights)[0] * towards).sum())
 
 
 # Local ----------------------------------------------------------------------------------------

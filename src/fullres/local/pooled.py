@@ -27,7 +27,7 @@ from fullres.errors import ConversionError
 from fullres.local.deferred import Head, Mean, layer_of
 from fullres.local.forms import Gives, Window
 from fullres.local.positions import ELEMENTWISE, at_all_positions, dense_again
-from fullres.ops.arrays import jit_traced, share_memory, traced
+from fullres.ops.arrays import jit_traced, recorded, share_memory
 from fullres.ops.box import local_mean
 from fullres.ops.frames import Frame
 
@@ -135,7 +135,7 @@ class Pooled(Tensor):
     ) -> Pooled | None:
         """What a call on these values gives, if it is a layer that may wait or only reshapes."""
         vector = self.dim() == 2 or self.is_one_value()
-        if not vector or torch.is_grad_enabled() or traced():
+        if not vector or recorded():
             return None
         if self.head is not None and getattr(func, "__name__", "") in _RESHAPES:
             shape = func(torch.empty(self.shape), *args[1:], **kwargs).shape
@@ -396,16 +396,16 @@ def pooled(
     Raises:
         ConversionError: `torch.jit.trace` records a vector's layers.
     """
-    recorded = torch.is_grad_enabled() or traced()
-    if gives == "map" or (gives == "either" and recorded):
+    whole = recorded()
+    if gives == "map" or (gives == "either" and whole):
         return statistic(x, window, replicate=True)
-    if not recorded and defers and statistic is local_mean and shape is None:
+    if not whole and defers and statistic is local_mean and shape is None:
         return Pooled.of_mean(x, window)
     if jit_traced():
         raise ConversionError(
             "torch.jit.trace does not see what layers make of pooled values; torch.export does"
         )
-    values = statistic(x, window, replicate=recorded)
+    values = statistic(x, window, replicate=whole)
     size = (x.shape[2], x.shape[3])
-    frame = Frame.whole(size) if recorded else Frame.of(size, window)
+    frame = Frame.whole(size) if whole else Frame.of(size, window)
     return Pooled(values.reshape(*(shape or (*x.shape[:2], 1, 1)), *values.shape[2:]), frame)

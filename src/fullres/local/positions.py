@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fullres.ops.arrays import derives
+
 ELEMENTWISE = {
     "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "gelu", "silu", "hardswish",
     "hardsigmoid", "hardtanh", "sigmoid", "sigmoid_", "tanh", "tanh_", "softplus", "exp", "exp_",
@@ -142,7 +144,7 @@ def dense_again(x: Tensor) -> Tensor:
     A view may leave the first axis with a stride that means nothing and hides the memory format;
     convolutions would copy the map.
     """
-    if x.dim() != 4 or len(x) != 1 or torch.is_grad_enabled():
+    if x.dim() != 4 or len(x) != 1 or derives():
         return x
     _, c, h, w = x.shape
     if x.stride()[1:] != (1, w * c, c):

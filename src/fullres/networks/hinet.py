@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fullres.networks.layers import Conv2d, pad_to_multiple
 from fullres.networks.spec import Architecture, Spec, State, count
+from fullres.ops.arrays import transformed
 
 
 def conv3x3(in_channels: int, out_channels: int) -> Conv2d:
@@ -81,7 +82,8 @@ class ConvBlock(nn.Module):
         else:
             y = self.conv_1(x)
             half = normalised(self.norm, y[:, : self.normed])
-            if y.is_contiguous(memory_format=torch.channels_last):  # which the norm gives up
+            last = not transformed() and y.is_contiguous(memory_format=torch.channels_last)
+            if last:  # which the norm gives up
                 half = half.contiguous(memory_format=torch.channels_last)
             y = F.leaky_relu(torch.cat([half, y[:, self.normed :]], dim=1), self.slope)
         y = self.conv_2(y, slope=self.slope, plus=self.identity(x), in_place=True)

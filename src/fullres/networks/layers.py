@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fullres.errors import ConversionError
+from fullres.ops.arrays import derives
 from fullres.ops.convolution import convolution
 
 M = TypeVar("M", bound=nn.Module)
@@ -48,17 +49,17 @@ class LayerNorm2d(nn.Module):
 
 def product(x: Tensor, y: Tensor) -> Tensor:
     """`x * y`, in the memory of `x`, which is of no further use, where nothing is derived."""
-    return x * y if torch.is_grad_enabled() else x.mul_(y)
+    return x * y if derives() else x.mul_(y)
 
 
 def total(x: Tensor, y: Tensor) -> Tensor:
     """`x + y`, in the memory of `x`, which is of no further use, where nothing is derived."""
-    return x + y if torch.is_grad_enabled() else x.add_(y)
+    return x + y if derives() else x.add_(y)
 
 
 def weighted(x: Tensor, y: Tensor, plus: Tensor) -> Tensor:
     """`x * y + plus`, in the memory of `x`, of no further use, where nothing is derived."""
-    return torch.addcmul(plus, x, y, out=None if torch.is_grad_enabled() else x)
+    return torch.addcmul(plus, x, y, out=None if derives() else x)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

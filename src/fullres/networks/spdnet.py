@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fullres.networks.layers import Conv2d, local_already, product, sharing, total, weighted
 from fullres.networks.spec import Architecture, Spec, State, count
+from fullres.ops.arrays import derives
 from fullres.ops.box import local_mean
 from fullres.ops.frames import Frame
 from fullres.ops.gate import Layer, gated
@@ -117,7 +118,7 @@ class LocalSqueezeExcitation(SqueezeExcitation):
         relu, sigmoid = Layer(activation="relu"), Layer(activation="sigmoid")
         layers = (Layer(first), relu, Layer(second), sigmoid)
         means = local_mean(x, self.window, replicate=False)
-        in_place = not torch.is_grad_enabled()
+        in_place = not derives()
         return gated(x, means, layers, frame, plus=plus, in_place=in_place)
 
     def to_local(self, window: tuple[int, int]) -> LocalSqueezeExcitation:

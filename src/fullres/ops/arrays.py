@@ -56,6 +56,29 @@ def transformed() -> bool:
     return mapped is not None or forward_ad._current_level >= 0
 
 
+def derives() -> bool:
+    """Whether torch derives or transforms what is computed: nothing is written over."""
+    return torch.is_grad_enabled() or transformed()
+
+
+def recorded() -> bool:
+    """The same, or a graph is recorded: only calls of torch, of whole maps, serve."""
+    return derives() or traced()
+
+
+def refuse_forward_derivatives(what: str) -> None:
+    """Of operators that know those of reverse mode only, torch makes zeros without a word.
+
+    Raises:
+        NotImplementedError: forward derivatives are recorded.
+    """
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"{what} has no forward derivatives: derive in reverse mode, by backward(), "
+            "torch.func.vjp or torch.func.jacrev"
+        )
+
+
 def for_kernel(x: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...]) -> bool:
     """Whether a kernel for channels-last maps on the CPU may take a map, with other tensors.
 

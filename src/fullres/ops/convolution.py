@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fullres.ops.arrays import for_kernel, share_memory, transformed
+from fullres.ops.arrays import derives, for_kernel, share_memory
 
 CHANNELS, PIXELS, VALUES = 32, 1536, 2**18
 """So many channels, before and after, so many pixels and so many of both make transforms pay."""
@@ -56,17 +56,17 @@ def convolution(
     >>> convolution(torch.ones(1, 1, 1, 1), -torch.ones(1, 1, 1, 1), slope=0.25)
     tensor([[[[-0.2500]]]])
     """
-    derives = torch.is_grad_enabled() or transformed()
+    kept = derives()
     if _minimal(x, weight, bias, padding) and _like_result(plus, x, len(weight), padding):
         from fullres.ops import winograd_cpu
 
-        over = in_place and not (derives or plus is None or share_memory(x, plus))
+        over = in_place and not (kept or plus is None or share_memory(x, plus))
         return winograd_cpu.convolve(x, weight, bias, padding, slope, plus, in_place=over)
     y = _direct(x, weight, bias, padding)
     if slope != 1:
-        y = F.leaky_relu(y, slope, inplace=not derives)
+        y = F.leaky_relu(y, slope, inplace=not kept)
     if plus is not None:
-        y = y + plus if derives else y.add_(plus)
+        y = y + plus if kept else y.add_(plus)
     return y
 
 

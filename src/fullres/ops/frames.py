@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fullres.ops.arrays import transformed
+
 Size = tuple[int, int]
 
 
@@ -75,7 +77,7 @@ class Frame:
         """
         given = [x, inner] if plus is None else [x, inner, plus]
         derived = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-        if derived or x.shape[:2] != inner.shape[:2] or self.windows == self.size:
+        if derived or transformed() or x.shape[:2] != inner.shape[:2] or self.windows == self.size:
             y = self.extended(inner)
             product = x.mul_(y) if in_place else x * y
             return product if plus is None else product.add_(plus)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.overrides import has_torch_function
 
-from fullres.ops.arrays import traced
+from fullres.ops.arrays import recorded
 
 Place = tuple[EllipsisType, slice, slice]
 
@@ -135,8 +135,7 @@ def split(x: Tensor, channels: int, halo: int) -> Iterator[Part]:
     height, width = x.shape[-2:]
     budget = BUDGET.get(x.device.type, _ELSEWHERE)
     positions = max(budget // (channels * x.element_size()), 64)
-    whole = height * width <= 2 * positions or torch.is_grad_enabled()
-    if whole or traced():
+    if height * width <= 2 * positions or recorded():
         yield Part(0, 0, height, width, (..., slice(0, height), slice(0, width)))
         return
     if halo:

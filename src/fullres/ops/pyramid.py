@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fullres.ops import pyramid_blocks
+from fullres.ops.arrays import refuse_forward_derivatives
 from fullres.ops.pyramid_blocks import Level, Span
 
 Size = tuple[int, int]
@@ -56,7 +57,8 @@ def pyramid_attention(
     """Patches attend to the patches of all scales, in memory linear in the pixels.
 
     The direct form needs a matrix of all pixels by all keys; this one the maps, a copy of keys and
-    values, and `budget`. In float32 or better throughout. First derivatives, recomputed.
+    values, and `budget`. In float32 or better throughout. First derivatives, recomputed, in
+    reverse mode.
 
     Args:
         q: queries (B, c, H, W) of a floating-point type, any values.
@@ -81,6 +83,7 @@ def pyramid_attention(
     torch.Size([1, 8, 20, 30])
     """
     window = _checked(q, keys, values, window, scales)
+    refuse_forward_derivatives("pyramid attention")
     wide = torch.promote_types(q.dtype, torch.float32)
     sizes = [side for k in keys for side in k.shape[-2:]]
     factor = torch.cat([(softmax_scale / _norms(k.to(wide))).flatten(1) for k in keys], 1)

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fullres.ops.arrays import refuse_forward_derivatives
+
 Size = tuple[int, int]
 Part = tuple[slice, slice, slice]
 
@@ -51,6 +53,7 @@ def window_attention(qkv: Tensor, window: Size, shift: Size, scale: Tensor, bias
     >>> window_attention(qkv, (4, 4), (2, 2), torch.ones(2), bias).shape
     torch.Size([1, 8, 5, 9])
     """
+    refuse_forward_derivatives("attention within windows")
     y: Tensor = torch.ops.fullres.stripe_attention(
         qkv, None, scale.view(1, -1), bias[None], 1, window, shift
     )
@@ -100,6 +103,7 @@ def anchored_attention(
     if tuple(anchors.shape[-2:]) != fitting:
         given, wanted = ("{} × {}".format(*n) for n in (anchors.shape[-2:], fitting))
         raise ValueError(f"{wanted} anchors fit the map, not {given}")
+    refuse_forward_derivatives("attention by anchors")
     shift = (shift[0] if shift[0] >= down else 0, shift[1] if shift[1] >= down else 0)
     y: Tensor = torch.ops.fullres.stripe_attention(
         qkv,

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from fullres.ops.arrays import traced
+from fullres.ops.arrays import recorded, refuse_forward_derivatives
 from fullres.ops.cells import gram, pairs, products, span_sums, squares, weigh, wide
 from fullres.ops.parts import Part, Place, room, split, taken
 
@@ -45,7 +45,7 @@ def transposed_attention(
     """Channels attend to channels within overlapping windows; results are averaged.
 
     Memory beside the result stays below a few maps, however many windows there are. Derivatives
-    of any order.
+    of any order, in reverse mode.
 
     Args:
         q: queries (B, heads * c, H, W) of a floating-point type, any values, any strides.
@@ -67,6 +67,7 @@ def transposed_attention(
     torch.Size([1, 8, 20, 30])
     """
     heads = _checked_heads(q, k, v, temperature)
+    refuse_forward_derivatives("attention among channels")
     rows, columns = _axes(v, window, stride)
     q, k, v = (_by_head(x, heads) for x in (q, k, v))  # (B, heads, c, H, W)
     cells = _Cells(_Axis.of(*rows), _Axis.of(*columns))
@@ -122,9 +123,8 @@ def projected_attention(
     """
     rows, columns = _axes(x, window, stride)
     cells = _Cells(_Axis.of(*rows), _Axis.of(*columns))
-    recorded = torch.is_grad_enabled() or traced()
     too_many = cells.number * len(weight) > x[:1, :1].numel()  # matrices larger than the map
-    if recorded or too_many:
+    if recorded() or too_many:
         y = transposed_attention(*project(x), temperature, window, stride)
         y = F.conv2d(y, weight, bias)
         return y if residual is None else y + residual
