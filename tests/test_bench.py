@@ -32,6 +32,7 @@ SMALL = {
     "mprnet": {"n_feat": 8, "scale_unetfeats": 4, "scale_orsnetfeats": 4, "num_cab": 2},
     "ffanet": {"gps": 2, "blocks": 2, "dim": 16},
     "rnn_mbp": {"n_features": 8},
+    "spdnet": {"n_feats": 32, "n_resblocks": 1},
     "unet-se": {"depth": 3, "attention": "se"},
     "unet-ge": {"depth": 3, "attention": "ge"},
     "unet-cbam": {"depth": 3, "attention": "cbam"},
@@ -50,6 +51,9 @@ SMALL = {
 }
 NO_LOCAL_FORM = {"panet", "pa_edsr"}
 """Networks to which the paper does not apply its conversion."""
+
+PARTS_ONLY = {"rnn_mbp", "spdnet"}
+"""Networks whose parts alone have plain forms."""
 
 LOCAL = Local(train_size=32, window=24)
 
@@ -88,7 +92,7 @@ def test_plain_forms_compute_what_the_networks_compute(small, name):
     expected = network.module(x)
     module = plain(network)
     assert all(p.is_contiguous() for p in module.parameters())
-    assert type(network.module) is not type(module) or name == "rnn_mbp"
+    assert type(network.module) is not type(module) or name in PARTS_ONLY
     assert (module(x) - expected).abs().max() < 1e-5 * network.spec.value_range
     # and the weights matter: a last convolution of nothing would hide any mistake before it
     assert (expected - x).square().mean() > 0.05**2 if expected.shape == x.shape else True
@@ -106,8 +110,8 @@ def test_plain_local_forms_compute_what_conversion_computes(small, name):
     module = plain_local(network, LOCAL)
     with convert(network.module, LOCAL):
         expected = network.module(x)
-    assert (expected - as_it_is).abs().max() > 1e-4
-    assert (module(x) - expected).abs().max() < 1e-5
+    assert (expected - as_it_is).abs().max() > 5e-5
+    assert (module(x) - expected).abs().max() < 5e-6
 
 
 @pytest.mark.parametrize("name", sorted(NO_LOCAL_FORM))
@@ -123,6 +127,7 @@ def test_every_case_is_a_network_of_ours(benchmarks):
 
     known = set(networks())
     assert {architecture for architecture, _ in CASES.values()} >= known
+    assert {name.split("-")[0] for name in SMALL} == {CASES[case][0] for case in cases()}
     assert set(cases()) == {case for case, (name, _) in CASES.items() if name in known}
 
 

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from fullres.local import Local, plan
 from fullres.networks.restormer import TransposedAttention
+from fullres.networks.spdnet import SqueezeExcitation
 from fullres.networks.spec import Network
 from fullres.ops.windows import window_starts
 from plain.restormer import attended
+from plain.spdnet import gated
 
 Window = tuple[int, int]
 
@@ -103,10 +105,15 @@ def transposed_attention(self: TransposedAttention, x: Tensor) -> Tensor:
     return self.project_out(total / count)
 
 
+def squeeze_excitation(self: SqueezeExcitation, x: Tensor) -> Tensor:
+    return gated(self, x, mean_map(x, self.plain_window))
+
+
 FORMS: dict[type[nn.Module], Callable] = {
     nn.AdaptiveAvgPool2d: average_pool,
     nn.AdaptiveMaxPool2d: max_pool,
     nn.InstanceNorm2d: instance_norm,
     nn.GroupNorm: group_norm,
     TransposedAttention: transposed_attention,
+    SqueezeExcitation: squeeze_excitation,
 }

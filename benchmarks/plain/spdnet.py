@@ -8,7 +8,10 @@ from fullres.networks.spdnet import ResidualBlock, SqueezeExcitation
 
 
 def attention(self: SqueezeExcitation, x: Tensor) -> Tensor:
-    pooled = self.avg_pool(x)  # a vector, or in the local form a map of them
+    return gated(self, x, x.mean((2, 3), keepdim=True))
+
+
+def gated(self: SqueezeExcitation, x: Tensor, pooled: Tensor) -> Tensor:
     return x * self.fc(pooled.movedim(1, -1)).movedim(-1, 1)
 
 
