@@ -200,7 +200,7 @@ def test_sums_stay_in_registers(dtype):
         products_cpu.matmul(
             *(width, count, depth, (pointer(values), 0, depth)),
             *((pointer(factors), 0, width * LANES), (pointer(sums), 0)),
-            *((pointer(sums), 0, width * LANES), None),
+            *((pointer(sums), 0, width * LANES), None, None),
         )
 
     array = numba.typeof(np.zeros(1, np.float32 if dtype == torch.float32 else np.uint32))

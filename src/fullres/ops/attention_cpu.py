@@ -153,4 +153,4 @@ def _squeeze(x, y, by, place, lines, to):
         column = min(begin, width - RUN)
         at = (y * width + column) * channels
         end = results, line + column * pooled
-        pointwise(RUN, (values, at), channels, by, pooled, end, (at + ahead, values))
+        pointwise(RUN, (values, at), channels, by, pooled, end, None, (at + ahead, values))

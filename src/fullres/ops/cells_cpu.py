@@ -213,7 +213,7 @@ def _convolved(
                 at = vectors * LANES
                 weights = taps, cell * channels * outs + at, outs
                 maps = (given, 0, channels), weights, (start, at), (sums, at, outs)
-                matmul(by, count, channels, *maps, None)
+                matmul(by, count, channels, *maps, None, None)
             y = begin // width
             column = begin - y * width
             for n in range(count):

@@ -38,7 +38,7 @@ RUN = 2 * ROWS
 """Positions that pass the layers at a time."""
 NEAR = 2**12
 """Bytes that maps are fetched ahead of their use: more would push gates out of the cache."""
-_CONVOLUTION, _RELU, _SIGMOID = 0, 1, 2
+_CONVOLUTION, _RECTIFIED, _RELU, _SIGMOID = range(4)
 _STEPS = {None: _CONVOLUTION, "relu": _RELU, "sigmoid": _SIGMOID}
 
 
@@ -75,16 +75,24 @@ def values_of(x: Tensor) -> Any:
 
 
 def program(layers: Sequence[Layer], channels: int) -> tuple[Any, Any]:
-    """Steps (what, channels before, channels after, place of factors), and all factors."""
-    steps, factors, place = np.empty((len(layers), 4), np.intp), [], 0
-    for n, layer in enumerate(layers):
-        given = channels
+    """Steps (what, channels before, channels after, place of factors), and all factors.
+
+    A ReLU rides along with the convolution before it.
+    """
+    steps: list[tuple[int, int, int, int]] = []
+    factors, place = [], 0
+    for layer in layers:
+        given, what = channels, _STEPS[layer.activation]
         if layer.weight is not None:
             factors.append(factors_of(layer.weight, layer.bias))
             channels = len(layer.weight)
-        steps[n] = _STEPS[layer.activation], given, channels, place
+        if what == _RELU and steps and steps[-1][0] == _CONVOLUTION:
+            steps[-1] = _RECTIFIED, *steps[-1][1:]
+        else:
+            steps.append((what, given, channels, place))
         place = sum(map(len, factors))
-    return steps, np.concatenate(factors) if factors else np.zeros(0, np.float32)
+    every = np.concatenate(factors) if factors else np.zeros(0, np.float32)
+    return np.array(steps, np.intp).reshape(-1, 4), every
 
 
 # Kernels take the values of one map, its pooled values, what is added, or None, and the result; the
@@ -113,7 +121,7 @@ def rooms_for(steps, place):
     """Memory for runs of positions between their layers, and for gates repeated at either end."""
     channels, pooled = place[5:]
     most = max(pooled, steps[:, 2].max())
-    run = np.zeros((2, RUN * most + LANES), np.float32)
+    run = np.zeros(2 * (RUN * most + LANES), np.float32)
     return run, np.zeros((2, RUN * channels + LANES), np.float32)
 
 
@@ -166,30 +174,33 @@ def _end_of_alike(row, rows, top, first, last):
 
 
 @_jit
-def _gates(rooms, count, pools, steps, factors, soon):
+def _gates(room, count, pools, steps, factors, soon):
     """What layers make of so many positions of (pooled values, place of the first, channels).
 
-    In one of the rooms. While the first convolution computes, the positions after these are
+    In a part of the room. While the first convolution computes, the positions after these are
     fetched, and while the others do, what is weighed `soon`, as `matmul` has it: memory is idle.
     """
     inner, begun, pooled = pools
-    _copy(inner, begun, rooms[0], count * pooled)
-    here, first = 0, True
-    for what, given, channels, place in steps:
-        if what == _CONVOLUTION:
-            by, before, after = factors[place:], (rooms[here], 0), (rooms[1 - here], 0)
-            if first:
-                further = begun + count * pooled, pointer(inner)
-                pointwise(count, before, given, by, channels, after, further)
+    further = begun + count * pooled, pointer(inner)
+    here, other, before = 0, len(room) // 2, (pointer(inner), begun)
+    if count % ROWS or len(steps) == 0 or steps[0, 0] > _RECTIFIED:
+        _copy(inner, begun, room, count * pooled)
+        before = pointer(room), here
+    for n in range(len(steps)):  # rows of their own would be counted references
+        what, channels = steps[n, 0], steps[n, 2]
+        if what <= _RECTIFIED:
+            least = np.float32(0 if what == _RECTIFIED else -np.inf)
+            given, by, after = steps[n, 1], factors[steps[n, 3] :], (pointer(room), other)
+            if n == 0:
+                pointwise(count, before, given, by, channels, after, least, further)
             else:
-                pointwise(count, before, given, by, channels, after, soon)
-            here, first = 1 - here, False
+                pointwise(count, before, given, by, channels, after, least, soon)
+            here, other, before = other, here, after
         else:
-            room = rooms[here]
-            for at in range(0, count * channels, LANES):
+            for at in range(here, here + count * channels, LANES):
                 values = load(room, at)
                 store(room, at, relu(values) if what == _RELU else sigmoid(values))
-    return rooms[here]
+    return room[here:]
 
 
 @_jit

@@ -528,6 +528,21 @@ def _emit_rows(context: Any, builder: Any, signature: Any, values: Any) -> Any:
 
 
 @intrinsic
+def at_least(context, block, least):
+    """The values of a block, none of them less than that; NaN stays NaN."""
+    return block(block, types.float32), _emit_at_least
+
+
+def _emit_at_least(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    block, least = values[0], _everywhere(builder, values[1])
+    rows = []
+    for row in _rows(builder, signature.args[0], block):
+        below = builder.fcmp_ordered("<", row, least)
+        rows.append(builder.select(below, least, row))
+    return _block(builder, rows)
+
+
+@intrinsic
 def store_block(context, array, at, stride, block):
     """Write a block's rows to an array, the n-th from `at + n * stride` on.
 

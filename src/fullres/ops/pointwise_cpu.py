@@ -51,9 +51,9 @@ def _convolved(x, channels, factors, outs, out, first, last):
         at, to = begin * channels, begin * outs
         if last - begin >= RUN + LANES:  # what vectors reach over is this job's, and still to come
             soon = at + ahead, source
-            pointwise(RUN, (source, at), channels, factors, outs, (target, to), soon)
+            pointwise(RUN, (source, at), channels, factors, outs, (target, to), None, soon)
             continue
         end = min(begin + RUN, last)
         pixels[: (end - begin) * channels] = x[begin * channels : end * channels]
-        pointwise(RUN, (pixels, 0), channels, factors, outs, (results, 0), None)
+        pointwise(RUN, (pixels, 0), channels, factors, outs, (results, 0), None, None)
         out[begin * outs : end * outs] = results[: (end - begin) * outs]

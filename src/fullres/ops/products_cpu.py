@@ -11,6 +11,7 @@ from torch import Tensor
 from fullres.ops.lanes import (
     LANES,
     add_outer,
+    at_least,
     blocks,
     pointer,
     prefetch,
@@ -38,40 +39,49 @@ def next_width(vectors):
 
 
 @_jit
-def matmul(width, count, depth, a, b, start, out, soon):
+def matmul(width, count, depth, a, b, start, out, least, soon):
     """Write the product of `a` (count, depth) and `b` (depth, width * LANES), plus a row, to `out`.
 
     A matrix is (pointer, place of its first value, from row to row), and the row that is added to
     every row (pointer, place of its first value), all of float32; or, of `a` and `b`, pairs of
     bfloat16 as `add_outer` has them. Rows are computed, and written, up to the next multiple of
-    `ROWS`. As many values as `a` has are fetched for `soon`, of (place of the first, one pointer or
-    two), where that is not None.
+    `ROWS`, and none is less than `least`, where that is not None. As many values as `a` has are
+    fetched for `soon`, of (place of the first, one pointer or two), where that is not None.
     """
     if width == 3:
-        _fill(_three(), ROWS // 3, count, depth, a, b, start, out, soon)
+        _fill(_three(), ROWS // 3, count, depth, a, b, start, out, least, soon)
     elif width == 2:
-        _fill(_two(), ROWS // 2, count, depth, a, b, start, out, soon)
+        _fill(_two(), ROWS // 2, count, depth, a, b, start, out, least, soon)
     else:
-        _fill(_one(), ROWS, count, depth, a, b, start, out, soon)
+        _fill(_one(), ROWS, count, depth, a, b, start, out, least, soon)
 
 
 @_jit
-def _fill(nothing, rows, count, depth, a, b, start, out, soon):
+def _fill(nothing, rows, count, depth, a, b, start, out, least, soon):
     values, a_at, a_row = a
     factors, b_at, b_row = b
     sums, out_at, out_row = out
     for n in range(0, count, rows):
         block = add_outer(nothing, _once, 0, 0, start[0], start[1])
+        further = 0 if soon is None else soon[0] + n * depth
         for k in range(depth):
             at = a_at + n * a_row + k
             if soon is not None:
-                for line in range(0, rows, LANES):
-                    further = soon[0] + n * depth + k * rows + line
-                    prefetch(soon[1], further)
-                    if len(soon) > 2:
-                        prefetch(soon[2], further)
+                _fetch(soon, further)
+                if rows > LANES:
+                    _fetch(soon, further + LANES)
+                further += rows
             block = add_outer(block, values, at, a_row, factors, b_at + k * b_row)
+        if least is not None:
+            block = at_least(block, least)
         store_block(sums, out_at + n * out_row, out_row, block)
+
+
+@_jit
+def _fetch(soon, at):
+    prefetch(soon[1], at)
+    if len(soon) > 2:
+        prefetch(soon[2], at)
 
 
 def factors_of(weight: Tensor, bias: Tensor | None) -> Any:
@@ -88,11 +98,11 @@ def factors_of(weight: Tensor, bias: Tensor | None) -> Any:
 
 
 @_jit
-def pointwise(count, x, channels, factors, outs, out, soon):
+def pointwise(count, x, channels, factors, outs, out, least, soon):
     """Convolve so many positions by 1 × 1, rounded up to a multiple of `ROWS`.
 
     Positions lie without gaps in (array, place of the first value), those before as those after. A
-    vector of the last is written whole. Positions are fetched for `soon` as `matmul` has it.
+    vector of the last is written whole. `least` and `soon` are as `matmul` has them.
     """
     values, taps, results = pointer(x[0]), pointer(factors), pointer(out[0])
     vectors = -(-outs // LANES)
@@ -103,4 +113,4 @@ def pointwise(count, x, channels, factors, outs, out, soon):
         # from the last vectors to the first, which are written over what those reach over
         by, bias = (taps, (vectors + left) * LANES, vectors * LANES), (taps, left * LANES)
         to = results, out[1] + left * LANES, outs
-        matmul(width, count, channels, (values, x[1], channels), by, bias, to, soon)
+        matmul(width, count, channels, (values, x[1], channels), by, bias, to, least, soon)

@@ -321,7 +321,7 @@ def _multiply(tiles, channels, factors, outs, sums, count):
             width = next_width(vectors - begin)
             b = taps, plane * factors.shape[1] + begin * channels * LANES, width * LANES
             out = results, plane * sums.shape[1] + begin * LANES, vectors * LANES
-            matmul(width, count, channels, a, b, start, out, None)
+            matmul(width, count, channels, a, b, start, out, None, None)
             begin += width
 
 
