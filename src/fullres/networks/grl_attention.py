@@ -198,13 +198,11 @@ class GlobalStripeAttention(StripeAttention):
             feature_size: height and width of the map at the training size: stripes keep the
                 length that they have there.
         """
-        local = sharing(self, LocalStripeAttention)
         rows, columns = (
             replace(axis, length=axis.at(positions, self.down)[0])
             for axis, positions in zip(self.axes, feature_size, strict=True)
         )
-        local.axes = (rows, columns)
-        return local
+        return sharing(self, LocalStripeAttention, axes=(rows, columns))
 
 
 class LocalStripeAttention(StripeAttention):

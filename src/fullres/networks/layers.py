@@ -85,10 +85,13 @@ def _reflected(length: int, wanted: int, device: torch.device) -> Tensor:
     return torch.minimum(position, period - position)
 
 
-def sharing(module: nn.Module, cls: type[M]) -> M:
-    """A module of a class that has the parameters, and all else, of `module`: nothing is copied."""
+def sharing(module: nn.Module, cls: type[M], **more: object) -> M:
+    """A module of a class that has the parameters, and all else, of `module`: nothing is copied.
+
+    And it has more attributes.
+    """
     shared = cls.__new__(cls)
-    vars(shared).update(vars(module))
+    vars(shared).update(vars(module), **more)
     return shared
 
 

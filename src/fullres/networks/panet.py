@@ -80,9 +80,7 @@ class PyramidAttention(nn.Module):
         Args:
             window: height and width in positions of the map.
         """
-        local = sharing(self, LocalPyramidAttention)
-        local.window = window
-        return local
+        return sharing(self, LocalPyramidAttention, window=window)
 
 
 class LocalPyramidAttention(PyramidAttention):

@@ -114,9 +114,7 @@ class TransposedAttention(nn.Module):
             stride: positions between windows, at most the window; down to (1, 1), every window.
                 By default as few windows as cover the map.
         """
-        local = sharing(self, LocalTransposedAttention)
-        local.window, local.stride = window, stride
-        return local
+        return sharing(self, LocalTransposedAttention, window=window, stride=stride)
 
 
 class LocalTransposedAttention(TransposedAttention):

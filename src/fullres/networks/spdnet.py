@@ -97,9 +97,7 @@ class SqueezeExcitation(nn.Module):
         Args:
             window: height and width in positions of the map.
         """
-        local = sharing(self, LocalSqueezeExcitation)
-        local.window = window
-        return local
+        return sharing(self, LocalSqueezeExcitation, window=window)
 
 
 class LocalSqueezeExcitation(SqueezeExcitation):

@@ -186,7 +186,7 @@ def _gates(room, count, pools, steps, factors, soon):
     if count % ROWS or len(steps) == 0 or steps[0, 0] > _RECTIFIED:
         _copy(inner, begun, room, count * pooled)
         before = pointer(room), here
-    for n in range(len(steps)):  # rows of their own would be counted references
+    for n in range(len(steps)):  # a row taken as an array would have its references counted
         what, channels = steps[n, 0], steps[n, 2]
         if what <= _RECTIFIED:
             least = np.float32(0 if what == _RECTIFIED else -np.inf)
