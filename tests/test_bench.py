@@ -55,7 +55,7 @@ NO_LOCAL_FORM = {"panet", "pa_edsr"}
 PARTS_ONLY = {"rnn_mbp", "spdnet"}
 """Networks whose parts alone have plain forms."""
 
-LOCAL = Local(train_size=32, window=24)
+LOCAL = Local(train_size=32, window=12)
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_plain_local_forms_compute_what_conversion_computes(small, name):
     module = plain_local(network, LOCAL)
     with convert(network.module, LOCAL):
         expected = network.module(x)
-    assert (expected - as_it_is).abs().max() > 5e-5
+    assert (expected - as_it_is).abs().max() > 1e-4
     assert (module(x) - expected).abs().max() < 5e-6
 
 
