@@ -48,7 +48,10 @@ SIDE, TILE = 4, 6
 """Outputs and pixels of a tile, along either axis."""
 PLANES = TILE**2
 RUN = 24
-"""Tiles that pass at a time, a multiple of `ROWS`; more where weights are large."""
+"""Tiles that pass at a time, a multiple of `ROWS`; twice as many where weights are `MANY`."""
+MANY = 512
+"""Words of 32 bits of a pixel's channels and sums, above which the time goes into fetching weights,
+not pixels."""
 POINTS = (0, 0.625, -0.625, 1.5, -1.5)
 """Where polynomials are evaluated, beside infinity. Those of most libraries, up to 2, round off
 twice as much."""
@@ -106,7 +109,7 @@ def convolve(
     chunks = split(-(-channels // LANES), threads)
     spread([(_transformed, taps, channels, outs, factors, *chunk) for chunk in chunks])
     across, down = -(-shape[3] // SIDE), -(-shape[2] // SIDE)
-    run = _run(channels + outs, -(-across * down // threads))
+    run = _run(words + outs, -(-across * down // threads))
     runs = split(-(-across * down // run), 4 * threads)
     source, target = as_rows(x), as_rows(out)
     added = [None] * batch if plus is None else as_rows(plus)
@@ -125,14 +128,13 @@ def convolve(
     return out
 
 
-def _run(channels: int, tiles: int) -> int:
-    """How many tiles pass at a time, where a thread has so many of them, of so many channels before
-    and after: the more, the less often weights that no cache holds are read.
+def _run(words: int, tiles: int) -> int:
+    """How many tiles pass at a time, where a thread has so many of them, of so many `words`.
 
-    >>> _run(128, 1000), _run(2048, 120), _run(1024, 460)
-    (24, 120, 168)
+    >>> _run(128, 1000), _run(2048, 120), _run(2048, 20)
+    (24, 48, 24)
     """
-    most = RUN * (1 if channels <= 256 else 2 if channels <= 768 else 8)
+    most = 2 * RUN if words > MANY else RUN
     even = tiles / -(-tiles // most)
     return max(1, ceil(even / RUN)) * RUN
 
@@ -211,6 +213,9 @@ def _turn(taps, k, c, channels, turned):
             prefetch(source, at + 9 * n * channels + LANES)
 
 
+# What works on a tile takes pointers: arrays would be counted for as long as it takes.
+
+
 @_jit
 def _convolved(x, channels, padding, out, bias, slope, plus, factors, run, first, last):
     """Make a run of tiles, counted along the rows, of a result (H', W' * K) of rows (H, W * C).
@@ -218,69 +223,34 @@ def _convolved(x, channels, padding, out, bias, slope, plus, factors, run, first
     What is added to it is None or like the result.
     """
     outs, some = len(bias), _in_word(x)
-    out_width = out.shape[1] // outs
-    across = -(-out_width // SIDE)
-    tiles = _room(PLANES * _apart(run * channels // some)).reshape(PLANES, -1)
+    across = -(-(out.shape[1] // outs) // SIDE)
+    words = _room(PLANES * _apart(run * channels // some)).reshape(PLANES, -1).view(factors.dtype)
     sums = _room(PLANES * _apart(run * -(-outs // LANES) * LANES)).reshape(PLANES, -1)
-    room = _room(PLANES * LANES)
+    tiles, room = words.view(x.dtype), _room(PLANES * LANES)
     pixels = np.zeros((TILE, TILE * channels), x.dtype)
     results, others = np.zeros((2, SIDE, SIDE * outs), x.dtype)
     for begin in range(first, last, run):
         count = min(run, last - begin)
-        for n in range(count):
-            top, left, inside = _corner(begin + n, across, padding, x, channels)
-            if inside:
-                _take(x, top, left, channels, tiles.view(x.dtype), n, room)
-            else:
-                _cut(x, top, left, channels, pixels)
-                _take(pixels, 0, 0, channels, tiles.view(x.dtype), n, room)
-            top, left, inside = _corner(begin + n + run, across, padding, x, channels)
-            if inside:
-                _fetch(x, top, left, channels)
-            _claim(out, *divmod(begin + n, across), outs)
-        _multiply(tiles.view(factors.dtype), channels // some, factors, outs, sums, count)
-        for n in range(count):
-            top, left = divmod(begin + n, across)
-            top, left = top * SIDE, left * SIDE
-            if top + SIDE <= len(out) and left + SIDE <= out_width:
-                _give(sums, n, bias, slope, plus, out, top, left, room)
-            else:
-                corner, end = left * outs, min(left + SIDE, out_width) * outs
-                rows, values = min(SIDE, len(out) - top), end - corner
-                if plus is None:
-                    _give(sums, n, bias, slope, None, results, 0, 0, room)
-                else:
-                    others[:rows, :values] = plus[top : top + rows, corner:end]
-                    _give(sums, n, bias, slope, others, results, 0, 0, room)
-                out[top : top + rows, corner:end] = results[:rows, :values]
+        _take_run(x, channels, padding, across, begin, count, tiles, room, pixels)
+        soon = x, padding, out, across, begin, run
+        _multiply(words, channels // some, factors, outs, sums, count, soon)
+        _give_run(sums, across, begin, count, bias, slope, plus, out, room, results, others)
 
 
 @_jit
-def _corner(n, across, padding, x, channels):
-    """First row and column of the n-th tile, and whether all of it lies in the map."""
-    top, left = divmod(n, across)
-    top, left = top * SIDE - padding, left * SIDE - padding
-    bottom, right = top + TILE, (left + TILE) * channels
-    return top, left, min(top, left) >= 0 and bottom <= len(x) and right <= x.shape[1]
-
-
-@_jit
-def _fetch(x, top, left, channels):
-    """Have the processor fetch the tile with this corner but for its last columns."""
-    source, row = pointer(x), x.shape[1]
-    for r in range(TILE):
-        for c in range(0, SIDE * channels, LANES * _in_word(x)):
-            prefetch(source, (top + r) * row + left * channels + c)
-
-
-@_jit
-def _claim(out, down, right, outs):
-    """Have the processor fetch where the outputs of a tile go."""
-    target, row = pointer(out), out.shape[1]
-    for r in range(SIDE * down, min(SIDE * (down + 1), len(out))):
-        begin = SIDE * right * outs
-        for c in range(begin, min(begin + SIDE * outs, row), LANES * _in_word(out)):
-            claim(target, r * row + c)
+def _take_run(x, channels, padding, across, begin, count, tiles, room, pixels):
+    """Transform so many tiles from one on to the first values of every plane."""
+    (height, row), plane, cut_row = x.shape, tiles.shape[1], pixels.shape[1]
+    source, cut, target, room = pointer(x), pointer(pixels), pointer(tiles), pointer(room)
+    for n in range(count):
+        top, left = divmod(begin + n, across)
+        top, left = top * SIDE - padding, left * SIDE - padding
+        bottom, right = top + TILE, (left + TILE) * channels
+        if min(top, left) >= 0 and bottom <= height and right <= row:
+            _take(source, top * row + left * channels, row, channels, target, n, plane, room)
+        else:
+            _cut(x, top, left, channels, pixels)
+            _take(cut, 0, cut_row, channels, target, n, plane, room)
 
 
 @_jit
@@ -294,53 +264,107 @@ def _cut(x, top, left, channels, pixels):
 
 
 @_jit
-def _take(x, top, left, channels, tiles, n, room):
-    """Transform the tile with this corner to the n-th values of every plane."""
-    row, plane = x.shape[1], tiles.shape[1]
-    source, target, room = pointer(x), pointer(tiles), pointer(room)
+def _take(x, corner, row, channels, tiles, n, plane, room):
+    """Transform the tile that begins there to the n-th values of every plane.
+
+    It goes on from row to row, and values from plane to plane.
+    """
     for begin in range(0, channels, LANES):
         c = min(begin, channels - LANES)
-        at, to = top * row + left * channels + c, n * channels + c
         for r in range(TILE):
-            block = _tile(source, at + r * row, channels)
+            block = _tile(x, corner + r * row + c, channels)
             store_block(room, r * TILE * LANES, LANES, block)
         for j in range(TILE):
             block = _tile(room, j * LANES, TILE * LANES)
-            store_block(target, to + j * plane, TILE * plane, block)
+            store_block(tiles, j * plane + n * channels + c, TILE * plane, block)
 
 
 @_jit
-def _multiply(tiles, channels, factors, outs, sums, count):
-    """In every plane, multiply values (tiles, channels) by factors (channels, outputs)."""
+def _multiply(tiles, channels, factors, outs, sums, count, soon):
+    """In every plane, multiply values (tiles, channels) by factors (channels, outputs).
+
+    Meanwhile the processor fetches where the results of a run of tiles go, of (map, padding,
+    result, tiles in a row, the first, how many), and the pixels of the run after it; or, where they
+    are `MANY`, the factors after these.
+    """
+    x, padding, to, across, begun, run = soon
     vectors, start = -(-outs // LANES), (pointer(_zero_row), 0)
     values, taps, results = pointer(tiles), pointer(factors), pointer(sums)
+    pixels, target, in_word = pointer(x.view(tiles.dtype)), pointer(to), _in_word(to)
+    x_row, to_row, end, many = x.shape[1] // in_word, to.shape[1], to.size, channels + outs > MANY
     for plane in range(PLANES):
+        if plane < SIDE * TILE:
+            y, left = _part(plane, begun, run, across)
+            at = y * to_row + left * outs
+            for n in range(at, min(at + run // TILE * SIDE * outs, end), LANES * in_word):
+                claim(target, n)
+        y, left = _part(plane, begun + run, run, across)
+        fetched = max(0, y - padding) * x_row + max(0, left - padding) * channels, pixels
         a = values, plane * tiles.shape[1], channels
         begin = 0
         while begin < vectors:
             width = next_width(vectors - begin)
             b = taps, plane * factors.shape[1] + begin * channels * LANES, width * LANES
             out = results, plane * sums.shape[1] + begin * LANES, vectors * LANES
-            matmul(width, count, channels, a, b, start, out, None, None)
+            if many:
+                fetched = b[1] + width * channels * LANES, taps
+            if many or begin == 0:
+                matmul(width, count, channels, a, b, start, out, None, fetched)
+            else:
+                matmul(width, count, channels, a, b, start, out, None, None)
             begin += width
 
 
 @_jit
-def _give(sums, n, bias, slope, plus, out, top, left, room):
-    """Transform the n-th sums of every plane to the outputs of the tile with this corner."""
-    outs = len(bias)
+def _part(plane, begin, run, across):
+    """Row and first column of the part of a run of tiles that is fetched beside a plane.
+
+    Each of the tiles' `TILE` rows has as many parts.
+    """
+    row, part = divmod(plane, TILE)
+    down, right = divmod(begin + part * run // TILE, across)
+    return down * SIDE + row, right * SIDE
+
+
+@_jit
+def _give_run(sums, across, begin, count, bias, slope, plus, out, room, results, others):
+    """Transform the first sums of every plane to the outputs of so many tiles from one on."""
+    outs, (height, row), plane, cut_row = len(bias), out.shape, sums.shape[1], results.shape[1]
+    source, target, start, room = pointer(sums), pointer(out), pointer(bias), pointer(room)
+    cut = pointer(results)
+    for n in range(count):
+        top, left = divmod(begin + n, across)
+        top, corner = top * SIDE, left * SIDE * outs
+        rows, values = min(SIDE, height - top), min(SIDE * outs, row - corner)
+        if rows == SIDE and values == SIDE * outs:
+            at = top * row + corner
+            if plus is None:
+                _give(source, n, plane, start, slope, None, target, at, row, outs, room)
+            else:
+                _give(source, n, plane, start, slope, pointer(plus), target, at, row, outs, room)
+        else:
+            if plus is None:
+                _give(source, n, plane, start, slope, None, cut, 0, cut_row, outs, room)
+            else:
+                others[:rows, :values] = plus[top : top + rows, corner : corner + values]
+                more = pointer(others)
+                _give(source, n, plane, start, slope, more, cut, 0, cut_row, outs, room)
+            out[top : top + rows, corner : corner + values] = results[:rows, :values]
+
+
+@_jit
+def _give(sums, n, plane, bias, slope, plus, out, corner, row, outs, room):
+    """Transform the n-th sums of every plane to the outputs of the tile that begins there."""
     whole = -(-outs // LANES) * LANES
-    row, plane = out.shape[1], sums.shape[1]
-    source, target, room = pointer(sums), pointer(out), pointer(room)
     for begin in range(0, whole, LANES):
         k = min(begin, outs - LANES)
-        at, to = n * whole + begin, top * row + left * outs + k
         for i in range(TILE):
-            block = _output(source, at + i * TILE * plane, plane)
+            block = _output(sums, n * whole + begin + i * TILE * plane, plane)
             store_block(room, i * SIDE * LANES, LANES, block)
         start = load(bias, k)
         for j in range(SIDE):
             block = leaky(_output(room, j * LANES, SIDE * LANES), start, slope)
+            at = corner + j * outs + k
             if plus is not None:
-                block = add_rows(block, plus, to + j * outs, row)
-            store_block(target, to + j * outs, row, block)
+                block = add_rows(block, plus, at, row)
+            store_block(out, at, row, block)
