@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 
 from fullres.networks.layers import Conv2d
 from fullres.ops import convolution as dispatch
-from fullres.ops import pointwise_cpu, products_cpu, winograd_cpu
+from fullres.ops import narrow_cpu, pointwise_cpu, products_cpu, winograd_cpu
 from fullres.ops.convolution import convolution
 from fullres.ops.lanes import LANES, pointer
 
@@ -135,6 +135,72 @@ def test_one_by_one_agrees_with_float64(batch, channels, outs, height, width, bi
     assert found.is_contiguous(memory_format=torch.channels_last)
     last = 0 if bias is None else torch.finfo(bias.dtype).eps / 2 * bias.abs().max()
     assert (found - exact).abs().max() <= bound(x, weight) + last
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 100),
+    outs=st.integers(1, narrow_cpu.MOST),
+    height=st.integers(1, 20),
+    width=st.one_of(st.integers(1, 40), st.integers(185, 200), st.integers(380, 390)),
+    padding=st.integers(0, 1),
+    biased=st.booleans(),
+    half=st.booleans(),
+)
+@torch.no_grad()
+def test_few_channels_agree_with_float64(
+    batch, channels, outs, height, width, padding, biased, half
+):
+    height, width = (max(side, 3 - 2 * padding) for side in (height, width))
+    x, weight, bias = drawn((batch, channels, height, width), outs, seed=height * width)
+    bias = bias if biased else None
+    if half and winograd_cpu.PAIRS and channels % 2 == 0:
+        x, weight = x.bfloat16(), weight.bfloat16()
+        bias = bias.bfloat16() if biased else None
+    found = narrow_cpu.convolve(x, weight, bias, padding)
+    exact = F.conv2d(
+        x.double(), weight.double(), None if bias is None else bias.double(), padding=padding
+    )
+    assert (found.shape, found.dtype) == (exact.shape, x.dtype)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    last = 0 if bias is None else torch.finfo(bias.dtype).eps / 2 * bias.abs().max()
+    assert (found - exact).abs().max() <= bound(x, weight) + last
+
+
+@torch.no_grad()
+def test_to_few_channels_what_is_not_finite_stays_where_it_is():
+    x, weight, bias = drawn((1, 32, 12, 20), 3)
+    x[0, 7, 5, 9] = torch.nan
+    found = narrow_cpu.convolve(x, weight, bias, 1)
+    reached = torch.zeros(1, 3, 12, 20, dtype=torch.bool)
+    reached[..., 4:7, 8:11] = True
+    assert torch.equal(found.isnan(), reached)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("channels", "outs", "size", "served"),
+    [
+        (32, 3, 96, True),
+        (16, 5, 128, True),
+        (32, 6, 96, False),
+        (15, 3, 192, False),
+        (32, 3, 60, False),
+    ],
+)
+def test_a_pictures_channels_have_their_own_kernel(monkeypatch, channels, outs, size, served):
+    x, weight, bias = drawn((1, channels, size, size), outs)
+    calls = []
+    kernel = narrow_cpu.convolve
+    monkeypatch.setattr(
+        narrow_cpu, "convolve", lambda *given: calls.append(given) or kernel(*given)
+    )
+    plus = torch.randn(1, outs, size, size).contiguous(memory_format=torch.channels_last)
+    found = convolution(x, weight, bias, 1, slope=0.1, plus=plus)
+    assert bool(calls) == served
+    expected = F.leaky_relu(F.conv2d(x, weight, bias, padding=1), 0.1) + plus
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -384,7 +450,7 @@ def test_narrow_registers(tmp_path):
     code = """
         import torch
         import torch.nn.functional as F
-        from fullres.ops import pointwise_cpu, products_cpu, winograd_cpu
+        from fullres.ops import narrow_cpu, pointwise_cpu, products_cpu, winograd_cpu
         from fullres.ops.frames import Frame
         from fullres.ops.gate import Layer, gated
         torch.set_grad_enabled(False)
@@ -394,6 +460,8 @@ def test_narrow_registers(tmp_path):
         found = winograd_cpu.convolve(x, weight, None, 1)
         exact = F.conv2d(x.double(), weight.double(), padding=1)
         assert (found - exact).abs().max() < 1e-3, (found - exact).abs().max()
+        found = narrow_cpu.convolve(x, weight[:3], None, 1)
+        assert (found - exact[:, :3]).abs().max() < 1e-3, (found - exact[:, :3]).abs().max()
         weight = torch.randn(37, 50, 1, 1)
         found = pointwise_cpu.convolve(x, weight, None)
         exact = F.conv2d(x.double(), weight.double())
@@ -415,6 +483,7 @@ def test_narrow_registers(tmp_path):
 
 def test_thresholds_leave_vectors_full():
     assert dispatch.CHANNELS >= winograd_cpu.LANES
+    assert dispatch.NARROW <= narrow_cpu.MOST
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch itself

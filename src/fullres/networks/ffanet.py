@@ -128,7 +128,7 @@ class FFANet(nn.Module):
         self.palayer = PALayer(dim)
         self.pre = nn.Sequential(nn.Conv2d(img_channel, dim, 3, padding=1))
         self.post = nn.Sequential(
-            Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, img_channel, 3, padding=1)
+            Conv2d(dim, dim, 3, padding=1), Conv2d(dim, img_channel, 3, padding=1)
         )
 
     def forward(self, image: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullres.networks.layers import Conv2d, pad_to_multiple
+from fullres.networks.layers import Conv2d, pad_to_multiple, weighted
 from fullres.networks.spec import Architecture, Spec, State, count
-from fullres.ops.arrays import transformed
+from fullres.ops.arrays import recorded
 
 
 def conv3x3(in_channels: int, out_channels: int) -> Conv2d:
@@ -82,10 +82,11 @@ class ConvBlock(nn.Module):
         else:
             y = self.conv_1(x)
             half = normalised(self.norm, y[:, : self.normed])
-            last = not transformed() and y.is_contiguous(memory_format=torch.channels_last)
-            if last:  # which the norm gives up
-                half = half.contiguous(memory_format=torch.channels_last)
-            y = F.leaky_relu(torch.cat([half, y[:, self.normed :]], dim=1), self.slope)
+            if recorded():
+                y = F.leaky_relu(torch.cat([half, y[:, self.normed :]], dim=1), self.slope)
+            else:
+                y[:, : self.normed] = half
+                y = F.leaky_relu(y, self.slope, inplace=True)
         y = self.conv_2(y, slope=self.slope, plus=self.identity(x), in_place=True)
         if other:
             encoded, decoded = other
@@ -126,7 +127,7 @@ class SAM(nn.Module):
     def forward(self, x: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         restored: Tensor = self.conv2(x) + image
         attention = torch.sigmoid(self.conv3(restored))
-        return self.conv1(x) * attention + x, restored
+        return weighted(self.conv1(x), attention, x), restored
 
 
 def encode(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullres.networks.layers import LayerNorm2d, pad_to_multiple, product, total
+from fullres.networks.layers import Conv2d, LayerNorm2d, pad_to_multiple, product, total
 from fullres.networks.spec import Architecture, Spec, State, count
 from fullres.ops.parts import in_parts
 
@@ -107,7 +107,7 @@ class NAFNet(nn.Module):
             raise ValueError("img_channel and width must be positive, and no number of blocks < 0")
         self.multiple = 2 ** len(enc_blk_nums)
         self.intro = nn.Conv2d(img_channel, width, 3, padding=1)
-        self.ending = nn.Conv2d(width, img_channel, 3, padding=1)
+        self.ending = Conv2d(width, img_channel, 3, padding=1)
         self.encoders = nn.ModuleList()
         self.decoders = nn.ModuleList()
         self.ups = nn.ModuleList()

@@ -66,7 +66,7 @@ class PAEDSR(nn.Module):
         self.head = nn.Sequential(nn.Conv2d(n_colors, n_feats, 3, padding=1))
         blocks = [ResBlock(n_feats, nn.ReLU(), res_scale) for _ in range(n_resblocks)]
         self.body = body_of(blocks, self.msa, n_feats)
-        last = nn.Conv2d(n_feats, n_colors, 3, padding=1)
+        last = Conv2d(n_feats, n_colors, 3, padding=1)
         self.tail = nn.Sequential(_upsampler(n_feats, scale), last)
 
     def forward(self, image: Tensor) -> Tensor:

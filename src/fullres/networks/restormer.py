@@ -276,7 +276,7 @@ class Restormer(nn.Module):
         self.decoder_level1 = level(two, heads[0], num_blocks[0])  # both halves, not reduced
         self.refinement = level(two, heads[0], num_refinement_blocks)
         self.skip_conv = nn.Conv2d(one, two, 1, bias=bias) if dual_pixel_task else None
-        self.output = nn.Conv2d(two, out_channels, 3, padding=1, bias=bias)
+        self.output = Conv2d(two, out_channels, 3, padding=1, bias=bias)
 
     def forward(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]

@@ -170,8 +170,8 @@ class PriorBlock(nn.Module):
         channels = PRIOR_CHANNELS
         self.query_conv = Conv2d(channels, channels, 3, padding=1)
         self.key_conv = Conv2d(channels, channels, 3, padding=1)
-        self.gamma1 = nn.Conv2d(2 * channels, 2, 3, padding=1)
-        self.gamma2 = nn.Conv2d(2 * channels, 2, 3, padding=1)
+        self.gamma1 = Conv2d(2 * channels, 2, 3, padding=1)
+        self.gamma2 = Conv2d(2 * channels, 2, 3, padding=1)
 
     def forward(self, x: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
         attention = torch.sigmoid(self.query_conv(x) * self.key_conv(prior))
@@ -314,7 +314,7 @@ class SPDNet(nn.Module):
         self.res_extra2, self.res_extra3 = PriorFeatures(c), PriorFeatures(c)
         self.ag1, self.ag2 = ConvLayer(2 * c, c), ConvLayer(3 * c, c)
         self.ag2_en, self.ag_en = ConvLayer(2 * c, c), ConvLayer(3 * c, c)
-        self.output1, self.output2, self.output3 = (nn.Conv2d(c, 3, 3, padding=1) for _ in range(3))
+        self.output1, self.output2, self.output3 = (Conv2d(c, 3, 3, padding=1) for _ in range(3))
 
     def forward(self, image: Tensor) -> Tensor:
         return self.outputs(image)[0]

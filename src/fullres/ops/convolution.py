@@ -10,6 +10,9 @@ from fullres.ops.arrays import derives, for_kernel, share_memory
 
 CHANNELS, PIXELS, VALUES = 32, 1536, 2**18
 """So many channels, before and after, so many pixels and so many of both make transforms pay."""
+NARROW, BEFORE = 5, 16
+"""At most so many channels after, and at least so many before, make it pay to multiply by all taps
+at once; of `VALUES` of both pixels and channels before."""
 FEW, UNCACHED = 48, 2**24
 """At most so many channels after, and at least so many values of a picture's map, make it pay to
 fetch values ahead."""
@@ -47,8 +50,8 @@ def convolution(
         the processor multiplies pairs of these but not matrices. Rounding adds about twice as much
         there as in direct sums, in bfloat16, whose transforms are rounded, three to seven times as
         much; and a value that is not finite reaches all outputs of the 4 × 4 tiles that it has a
-        part in. 1 × 1 weights to few channels have another kernel, in float32, for maps larger
-        than caches.
+        part in. 3 × 3 weights to a picture's channels have a kernel of direct sums, and 1 × 1
+        weights to few channels one in float32, for maps larger than caches.
 
     >>> convolution(torch.ones(1, 1, 2, 3), torch.ones(1, 1, 3, 3), padding=1)
     tensor([[[[4., 6., 4.],
@@ -72,19 +75,27 @@ def convolution(
 
 def _minimal(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> bool:
     """Whether minimal filtering serves these, and is faster."""
+    channels = min(weight.shape[:2])
+    return _threes(x, weight, bias, padding) and _large(channels, x.shape[2] * x.shape[3])
+
+
+def _threes(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> bool:
+    """Whether our kernels for 3 × 3 weights may take these, and their type pays."""
     if not _fits(x, weight, bias) or weight.shape[2:] != (3, 3) or padding not in (0, 1):
         return False
-    outs, channels = weight.shape[:2]
-    holds = min(x.shape[2:]) + 2 * padding >= 3
-    if not holds or not _large(min(outs, channels), x.shape[2] * x.shape[3]):
+    if min(x.shape[2:]) + 2 * padding < 3:
         return False
     from fullres.ops import winograd_cpu
 
-    return x.dtype == torch.float32 or (winograd_cpu.HALVES and channels % 2 == 0)
+    return x.dtype == torch.float32 or (winograd_cpu.HALVES and x.shape[1] % 2 == 0)
 
 
 def _direct(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     """Convolution by direct sums."""
+    if _threes(x, weight, bias, padding) and _narrow(len(weight), x.shape[1:]):
+        from fullres.ops import narrow_cpu
+
+        return narrow_cpu.convolve(x, weight, bias, padding)
     if (
         _fits(x, weight, bias)
         and x.dtype == torch.float32
@@ -115,6 +126,11 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     others = (weight,) if bias is None else (weight, bias)
     alike = all(t.dtype == x.dtype and len(t) == len(weight) for t in others)
     return alike and for_kernel(x, *others, dtypes=(torch.float32, torch.bfloat16))
+
+
+def _narrow(outs: int, shape: torch.Size) -> bool:
+    """Whether products with all taps at once pay, of a picture's map (C, H, W)."""
+    return outs <= NARROW and shape[0] >= BEFORE and shape.numel() >= VALUES
 
 
 def _large(channels: int, pixels: int) -> bool:
