@@ -256,13 +256,12 @@ def _emit_widen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
 
 @intrinsic
 def repeat(context, value):
-    """Sixteen times the same value, in float64."""
-    return _doubles(types.float64), _emit_repeat
+    """Sixteen times the same value; in float64 if it is."""
+    return (_doubles if value == types.float64 else _lanes)(value), _emit_repeat
 
 
 def _emit_repeat(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-    first = builder.insert_element(ir.Constant(_WIDE, ir.Undefined), values[0], _WORD(0))
-    return builder.shuffle_vector(first, first, ir.Constant(_WORDS, None))
+    return _everywhere(builder, values[0], signature.return_type.value)
 
 
 @intrinsic
@@ -643,9 +642,9 @@ def _sum(builder: Any, factors: Any, vectors: Any) -> Any:
     return total
 
 
-def _everywhere(builder: Any, value: Any) -> Any:
+def _everywhere(builder: Any, value: Any, kind: Any = _VECTOR) -> Any:
     """A vector of the same value."""
-    first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _WORD(0))
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _WORD(0))
     return builder.shuffle_vector(first, first, ir.Constant(_WORDS, None))
 
 
