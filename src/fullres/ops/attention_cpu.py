@@ -121,7 +121,7 @@ def _walk(x, by, place, lines, kept, plus, out, steps, factors, window, sums, en
     kh, kw = window
     within, to = np.array((0, width * pooled + LANES, pooled)), np.array((0, 0, pooled))
     shape = np.array((kh, kw, 0, 0, columns))
-    means, rooms = np.empty(columns * pooled, np.float32), rooms_for(steps, place)
+    means, rooms = np.empty(columns * pooled, np.float32), rooms_for(x, steps, place)
     summed = together(sums)[0]
     total, moving = begun(summed, kw)
     for n in range(rows):
@@ -148,9 +148,9 @@ def _squeeze(x, y, by, place, lines, to):
     """Squeeze a row of pixels to a line."""
     _, _, _, _, width, channels, pooled = place
     values, results, ahead = pointer(x), pointer(lines), AHEAD // x.itemsize
-    line = to * (width * pooled + LANES)
+    taps, line = (pointer(by), 0), to * (width * pooled + LANES)
     for begin in range(0, width, RUN):
         column = min(begin, width - RUN)
         at = (y * width + column) * channels
         end = results, line + column * pooled
-        pointwise(RUN, (values, at), channels, by, pooled, end, None, (at + ahead, values))
+        pointwise(RUN, (values, at), channels, taps, pooled, end, None, (at + ahead, values))

@@ -36,8 +36,8 @@ _jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
 RUN = 2 * ROWS
 """Positions that pass the layers at a time."""
-NEAR = 2**12
-"""Bytes that maps are fetched ahead of their use: more would push gates out of the cache."""
+NEAR = 2**10
+"""Values that maps are fetched ahead of their use: more would push gates out of the cache."""
 _CONVOLUTION, _RECTIFIED, _RELU, _SIGMOID = range(4)
 _STEPS = {None: _CONVOLUTION, "relu": _RELU, "sigmoid": _SIGMOID}
 
@@ -104,7 +104,7 @@ def program(layers: Sequence[Layer], channels: int) -> tuple[Any, Any]:
 def weigh(x, inner, plus, out, steps, factors, place, first, last):
     """Weigh a run of the map's rows."""
     top, _, rows, windows, _, _, pooled = place
-    rooms = rooms_for(steps, place)
+    rooms = rooms_for(x, steps, place)
     while first < last:
         row = min(max(first - top, 0), rows - 1)
         end = _end_of_alike(row, rows, top, first, last)
@@ -117,52 +117,62 @@ def weigh(x, inner, plus, out, steps, factors, place, first, last):
 
 
 @_jit
-def rooms_for(steps, place):
-    """Memory for runs of positions between their layers, and for gates repeated at either end."""
+def rooms_for(x, steps, place):
+    """Memory for runs of positions between their layers, for gates that are repeated, those of the
+    first window and then those of the last, and for values that fill no vector.
+    """
     channels, pooled = place[5:]
     most = max(pooled, steps[:, 2].max())
     run = np.zeros(2 * (RUN * most + LANES), np.float32)
-    return run, np.zeros((2, RUN * channels + LANES), np.float32)
+    return run, np.zeros(2 * (RUN * channels + LANES), np.float32), np.zeros(2 * LANES, x.dtype)
 
 
 @_jit
 def weigh_row(x, inner, begun, plus, out, steps, factors, place, rooms, y):
     """Weigh a row of the map by the gates of the windows from `begun` on."""
     _, left, _, windows, width, channels, pooled = place
-    (run, same), right = rooms, left + windows
+    values, added, target, ends = pointer(x), pointer(plus), pointer(out), pointer(rooms[2])
+    gates, same, right = pointer(rooms[0]), pointer(rooms[1]), left + windows
     late = steps[-1, 0] == _SIGMOID
+    room, early = (gates, len(rooms[0]) // 2), (pointer(steps), len(steps) - late)
+    by, half = pointer(factors), len(rooms[1]) // 2
     for begin in range(0, windows, RUN):
         count, at = min(RUN, windows - begin), (y * width + left + begin) * channels
-        early, pools = steps[: len(steps) - late], (inner, begun + begin * pooled, pooled)
+        pools = pointer(inner), begun + begin * pooled, pooled
         if plus is None:
-            gates = _gates(run, count, pools, early, factors, (at, pointer(x)))
+            here = _gates(room, count, pools, early, by, (at, values))
         else:
-            gates = _gates(run, count, pools, early, factors, (at, pointer(x), pointer(plus)))
-        _weigh(x, plus, out, at, count * channels, gates, late)
+            here = _gates(room, count, pools, early, by, (at, values, added))
+        _weigh(values, added, target, at, count * channels, gates, here, late, ends)
         if begin == 0:
-            _repeat(gates, 0, channels, same[0], late)
-            _weigh_same(x, plus, out, y * width, left, channels, same[0])
+            _repeat(gates, here, channels, same, 0, half, late)
+            _weigh_same(values, added, target, y * width, left, channels, same, 0, ends)
         if begin + count == windows:
-            _repeat(gates, (count - 1) * channels, channels, same[1], late)
-            _weigh_same(x, plus, out, y * width + right, width - right, channels, same[1])
+            _repeat(gates, here + (count - 1) * channels, channels, same, half, half, late)
+            end = y * width + right
+            _weigh_same(values, added, target, end, width - right, channels, same, half, ends)
 
 
 @_jit
 def _weigh_alike(x, inner, begun, plus, out, steps, factors, place, rooms, first, last):
     """Weigh rows of the map that have the gates of the same windows, those from `begun` on."""
     _, left, _, windows, width, channels, pooled = place
-    (run, same), right = rooms, left + windows
-    alike = np.empty(windows * channels + LANES, np.float32)
+    values, added, target, ends = pointer(x), pointer(plus), pointer(out), pointer(rooms[2])
+    gates, same, right = pointer(rooms[0]), pointer(rooms[1]), left + windows
+    room, every = (gates, len(rooms[0]) // 2), (pointer(steps), len(steps))
+    half, alike = len(rooms[1]) // 2, np.empty(windows * channels + LANES, np.float32)
     for begin in range(0, windows, RUN):
-        count, pools = min(RUN, windows - begin), (inner, begun + begin * pooled, pooled)
-        gates = _gates(run, count, pools, steps, factors, None)
-        _copy(gates, 0, alike[begin * channels :], count * channels)
-    _repeat(alike, 0, channels, same[0], False)
-    _repeat(alike, (windows - 1) * channels, channels, same[1], False)
+        count, pools = min(RUN, windows - begin), (pointer(inner), begun + begin * pooled, pooled)
+        here = _gates(room, count, pools, every, pointer(factors), None)
+        _copy(gates, here, alike, begin * channels, count * channels)
+    _repeat(alike, 0, channels, same, 0, half, False)
+    _repeat(alike, (windows - 1) * channels, channels, same, half, half, False)
     for y in range(first, last):
-        _weigh_same(x, plus, out, y * width, left, channels, same[0])
-        _weigh(x, plus, out, (y * width + left) * channels, windows * channels, alike, False)
-        _weigh_same(x, plus, out, y * width + right, width - right, channels, same[1])
+        _weigh_same(values, added, target, y * width, left, channels, same, 0, ends)
+        begin, length = (y * width + left) * channels, windows * channels
+        _weigh(values, added, target, begin, length, alike, 0, False, ends)
+        end = y * width + right
+        _weigh_same(values, added, target, end, width - right, channels, same, half, ends)
 
 
 @_jit
@@ -173,24 +183,28 @@ def _end_of_alike(row, rows, top, first, last):
     return min(top + 1, last) if row == 0 else first + 1
 
 
+# What follows is called a few thousand times a map, and takes pointers.
+
+
 @_jit
 def _gates(room, count, pools, steps, factors, soon):
-    """What layers make of so many positions of (pooled values, place of the first, channels).
+    """Where in a room is what layers make of so many positions.
 
-    In a part of the room. While the first convolution computes, the positions after these are
-    fetched, and while the others do, what is weighed `soon`, as `matmul` has it: memory is idle.
+    The room is (pointer, half of its length), pooled values are (pointer, place of the first,
+    channels), steps (pointer, number). While the first convolution computes, the positions after
+    these are fetched, and while the others do, what is weighed `soon`, as `matmul` has it: memory
+    is idle.
     """
-    inner, begun, pooled = pools
-    further = begun + count * pooled, pointer(inner)
-    here, other, before = 0, len(room) // 2, (pointer(inner), begun)
-    if count % ROWS or len(steps) == 0 or steps[0, 0] > _RECTIFIED:
-        _copy(inner, begun, room, count * pooled)
-        before = pointer(room), here
-    for n in range(len(steps)):  # a row taken as an array would have its references counted
-        what, channels = steps[n, 0], steps[n, 2]
+    (run, other), (inner, begun, pooled), (step, number) = room, pools, steps
+    further, here, before = (begun + count * pooled, inner), 0, (inner, begun)
+    if count % ROWS or number == 0 or step[0] > _RECTIFIED:
+        _copy(inner, begun, run, here, count * pooled)
+        before = run, here
+    for n in range(0, 4 * number, 4):
+        what, given, channels, place = step[n], step[n + 1], step[n + 2], step[n + 3]
         if what <= _RECTIFIED:
             least = np.float32(0 if what == _RECTIFIED else -np.inf)
-            given, by, after = steps[n, 1], factors[steps[n, 3] :], (pointer(room), other)
+            by, after = (factors, place), (run, other)
             if n == 0:
                 pointwise(count, before, given, by, channels, after, least, further)
             else:
@@ -198,76 +212,73 @@ def _gates(room, count, pools, steps, factors, soon):
             here, other, before = other, here, after
         else:
             for at in range(here, here + count * channels, LANES):
-                values = load(room, at)
-                store(room, at, relu(values) if what == _RELU else sigmoid(values))
-    return room[here:]
+                values = load(run, at)
+                store(run, at, relu(values) if what == _RELU else sigmoid(values))
+    return here
 
 
 @_jit
-def _copy(values, at, room, count):
-    """Copy so many values to the beginning of a room."""
+def _copy(values, at, room, to, count):
+    """Copy so many values to a place in a room."""
     whole = count - count % LANES
     for n in range(0, whole, LANES):
-        store(room, n, load(values, at + n))
+        store(room, to + n, load(values, at + n))
     for n in range(whole, count):
-        room[n] = values[at + n]
+        room[to + n] = values[at + n]
 
 
 @_jit
-def _repeat(gates, at, channels, same, late):
-    """Repeat the gates of one position, sigmoids of them if they are `late`."""
-    _copy(gates, at, same, channels)
+def _repeat(gates, at, channels, same, to, length, late):
+    """Fill a length of `same` with the gates of a position, or sigmoids of them if `late`."""
+    _copy(gates, at, same, to, channels)
     if late:
-        for n in range(0, channels, LANES):
+        for n in range(to, to + channels, LANES):
             store(same, n, sigmoid(load(same, n)))
     if channels >= LANES:  # sixteen that repeat are sixteen that were repeated
-        for n in range(channels, len(same) - LANES, LANES):
+        for n in range(to + channels, to + length - LANES, LANES):
             store(same, n, load(same, n - channels))
     else:
-        for n in range(channels, len(same)):
+        for n in range(to + channels, to + length):
             same[n] = same[n - channels]
 
 
 @_jit
-def _weigh_same(x, plus, out, position, count, channels, same):
-    """Weigh so many positions from one on, each by the gates that are repeated."""
+def _weigh_same(x, plus, out, position, count, channels, same, place, ends):
+    """Weigh so many positions from one on, each by the gates that are repeated from a place on."""
     for n in range(0, count, RUN):
-        some = min(RUN, count - n)
-        _weigh(x, plus, out, (position + n) * channels, some * channels, same, False)
+        begin, length = (position + n) * channels, min(RUN, count - n) * channels
+        _weigh(x, plus, out, begin, length, same, place, False, ends)
 
 
 @_jit
-def _weigh(x, plus, out, begin, length, gates, late):
+def _weigh(x, plus, out, begin, length, gates, place, late, ends):
     """Weigh so many values from one on by gates, or by sigmoids of them if these are `late`."""
-    whole, ahead = length - length % LANES, NEAR // x.itemsize
-    for at in range(0, whole, LANES):
-        prefetch(x, begin + at + ahead)
+    whole = length - length % LANES
+    for n in range(0, whole, LANES):
+        prefetch(x, begin + n + NEAR)
         if plus is not None:
-            prefetch(plus, begin + at + ahead)
-        store(out, begin + at, _weighed(x, plus, begin + at, gates, at, late))
+            prefetch(plus, begin + n + NEAR)
+        store(out, begin + n, _weighed(x, plus, begin + n, 0, gates, place + n, late))
     if whole < length:
-        begin, end = begin + whole, begin + length
-        ends = _ends(x, begin, end)
+        begin, count = begin + whole, length - whole
+        for n in range(count):
+            ends[n] = x[begin + n]
         if plus is None:
-            store(ends, 0, _weighed(ends, None, 0, gates, whole, late))
+            store(ends, 0, _weighed(ends, None, 0, 0, gates, place + whole, late))
         else:
-            store(ends, 0, _weighed(ends, _ends(plus, begin, end), 0, gates, whole, late))
-        out[begin:end] = ends[: end - begin]
+            for n in range(count):
+                ends[LANES + n] = plus[begin + n]
+            store(ends, 0, _weighed(ends, ends, 0, LANES, gates, place + whole, late))
+        for n in range(count):
+            out[begin + n] = ends[n]
 
 
 @_jit
-def _ends(x, begin, end):
-    """Values that fill no vector, with room for one."""
-    values = np.zeros(LANES, x.dtype)
-    values[: end - begin] = x[begin:end]
-    return values
-
-
-@_jit
-def _weighed(x, plus, at, gates, place, late):
+def _weighed(x, plus, at, further, gates, place, late):
+    """Sixteen values, weighed; what is added lies `further` on than these."""
     gate = load(gates, place)
     if late:
         gate = sigmoid(gate)
     if plus is None:
         return multiply(load(x, at), gate)
-    return fma(load(x, at), gate, load(plus, at))
+    return fma(load(x, at), gate, load(plus, at + further))

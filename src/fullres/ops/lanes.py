@@ -88,15 +88,18 @@ _lanes, _doubles = Lanes("Lanes", _VECTOR), Lanes("Doubles", _WIDE)
 
 @intrinsic
 def pointer(context, array):
-    """Where an array begins; what takes arrays here takes it, too, and leaves it as it is.
+    """Where an array begins; what takes arrays here takes it, too. It and None stay as they are.
 
     Whoever holds an array is counted, and a call that passes one counts for as long as a short
     product takes. A pointer holds nothing: take it of an argument, which the caller holds.
     """
-    return types.CPointer(array.dtype)(array), _emit_pointer
+    kind = array if array == types.none else types.CPointer(array.dtype)
+    return kind(array), _emit_pointer
 
 
 def _emit_pointer(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    if signature.return_type == types.none:
+        return values[0]
     return _begin(context, builder, signature.args[0], values[0])
 
 

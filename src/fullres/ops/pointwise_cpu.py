@@ -44,16 +44,17 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _convolved(x, channels, factors, outs, out, first, last):
     """Convolve the positions from `first` to `last`."""
     ahead = AHEAD // x.itemsize
-    source, target = pointer(x), pointer(out)
+    source, by, target = pointer(x), (pointer(factors), 0), pointer(out)
     pixels = np.zeros(RUN * channels, np.float32)
     results = np.zeros(RUN * outs + LANES, np.float32)
     for begin in range(first, last, RUN):
         at, to = begin * channels, begin * outs
         if last - begin >= RUN + LANES:  # what vectors reach over is this job's, and still to come
             soon = at + ahead, source
-            pointwise(RUN, (source, at), channels, factors, outs, (target, to), None, soon)
+            pointwise(RUN, (source, at), channels, by, outs, (target, to), None, soon)
             continue
         end = min(begin + RUN, last)
         pixels[: (end - begin) * channels] = x[begin * channels : end * channels]
-        pointwise(RUN, (pixels, 0), channels, factors, outs, (results, 0), None, None)
+        whole, given = (pointer(results), 0), (pointer(pixels), 0)
+        pointwise(RUN, given, channels, by, outs, whole, None, None)
         out[begin * outs : end * outs] = results[: (end - begin) * outs]

@@ -13,7 +13,6 @@ from fullres.ops.lanes import (
     add_outer,
     at_least,
     blocks,
-    pointer,
     prefetch,
     processor_has,
     store_block,
@@ -101,16 +100,18 @@ def factors_of(weight: Tensor, bias: Tensor | None) -> Any:
 def pointwise(count, x, channels, factors, outs, out, least, soon):
     """Convolve so many positions by 1 × 1, rounded up to a multiple of `ROWS`.
 
-    Positions lie without gaps in (array, place of the first value), those before as those after. A
-    vector of the last is written whole. `least` and `soon` are as `matmul` has them.
+    Positions lie without gaps in (pointer, place of the first value), those before as those after,
+    and so do factors. A vector of the last is written whole. `least` and `soon` are as `matmul` has
+    them.
     """
-    values, taps, results = pointer(x[0]), pointer(factors), pointer(out[0])
+    (values, at), (taps, begin), (results, to) = x, factors, out
     vectors = -(-outs // LANES)
     left = vectors
     while left:
         width = next_width(left)
         left -= width
         # from the last vectors to the first, which are written over what those reach over
-        by, bias = (taps, (vectors + left) * LANES, vectors * LANES), (taps, left * LANES)
-        to = results, out[1] + left * LANES, outs
-        matmul(width, count, channels, (values, x[1], channels), by, bias, to, least, soon)
+        bias = taps, begin + left * LANES
+        by = taps, begin + (vectors + left) * LANES, vectors * LANES
+        after = results, to + left * LANES, outs
+        matmul(width, count, channels, (values, at, channels), by, bias, after, least, soon)
