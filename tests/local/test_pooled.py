@@ -227,6 +227,44 @@ def test_attention_is_the_same_in_compiled_kernels(reduced, linear, residual):
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-6)
 
 
+class Summed(nn.Module):
+    """Gates from the sum of what layers make of means and of maxima."""
+
+    def __init__(self, reduced, biases, rectified):
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 3, padding=1)
+        self.mean, self.maximum = nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1)
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(32, reduced, 1), nn.ReLU(), nn.Conv2d(reduced, 32, 1, bias=bias)
+            )
+            for bias in biases
+        )
+        self.end = nn.ReLU() if rectified else nn.Identity()
+
+    def forward(self, x):
+        x = self.first(x)
+        pooled = self.mean(x), self.maximum(x)
+        one, other = (self.end(head(y)) for head, y in zip(self.heads, pooled, strict=True))
+        return x * torch.sigmoid(one + other)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reduced", [2, 40])
+@pytest.mark.parametrize("biases", [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("rectified", [False, True])
+@pytest.mark.parametrize("kind", [torch.channels_last, torch.contiguous_format])
+def test_sums_of_heads_are_those_of_their_values(reduced, biases, rectified, kind):
+    torch.manual_seed(0)
+    net = Summed(reduced, biases, rectified).to(memory_format=kind)
+    x = torch.rand(2, 3, 30, 40).contiguous(memory_format=kind)
+    y = net.first(x)
+    pooled = local_mean(y, (24, 24)), local_max(y, (24, 24))
+    each = [net.end(head(values)) for head, values in zip(net.heads, pooled, strict=True)]
+    with convert(net, Local(train_size=16)):
+        torch.testing.assert_close(net(x), y * sum(each).sigmoid())
+
+
 class Twice(nn.Module):
     """A map weighed in place, and one that is weighed by the map's means later."""
 

@@ -88,6 +88,22 @@ class Head:
                 return Head(squeezed)
         return Head(self.pooled, (*self.layers, layer))
 
+    def plus(self, other: Head) -> Head | None:
+        """The sum with another, where both end in convolutions to as many channels or more: one
+        convolution of what comes before either, which is all that is written.
+        """
+        heads = self, other
+        ends = [head.layers[-1] for head in heads if head.layers]
+        weights = [end.weight for end in ends if end.weight is not None]
+        biases = [end.bias for end in ends if end.bias is not None]
+        if len(weights) < 2 or len(weights[0]) != len(weights[1]):
+            return None
+        if any(len(weight) < weight.shape[1] for weight in weights):
+            return None
+        before = torch.cat([layered(head._pooled(), head.layers[:-1]) for head in heads], 1)
+        bias = torch.stack(biases).sum(0) if biases else None
+        return Head(before, (Layer(torch.cat(weights, 1), bias),))
+
     def values(self) -> Tensor:
         """What the layers give, (B, C', h, w)."""
         return layered(self._pooled(), self.layers)

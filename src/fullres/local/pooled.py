@@ -143,6 +143,9 @@ class Pooled(Tensor):
             if tuple(shape) not in (flat, (*flat, 1, 1)):
                 return None
             return self._put_off(self.head, self.frame, self, shape)
+        if func in _SUMS and len(args) == 2 and not kwargs:
+            head = self._plus(args[1])
+            return None if head is None else self._put_off(head, self.frame, self, self.shape)
         layer = layer_of(func, args, kwargs)
         if layer is None or not layer.takes(self):
             return None
@@ -153,6 +156,13 @@ class Pooled(Tensor):
         channels = self.shape[1] if layer.weight is None else len(layer.weight)
         shape = (self.shape[0], channels, *self.shape[2:])
         return self._put_off(head, self.frame, self, shape)
+
+    def _plus(self, other: Any) -> Head | None:
+        """What gives the sum with other values, where nobody has asked for either."""
+        if not isinstance(other, Pooled) or self.head is None or other.head is None:
+            return None
+        alike = self.shape == other.shape and self.frame == other.frame
+        return self.head.plus(other.head) if alike and self.dtype == other.dtype else None
 
     def times(self, x: Tensor, plus: Tensor | None, *, in_place: bool) -> Tensor:
         """Product of a map (B, C, H, W) and the values of (B, C, 1, 1), `plus` added to it."""
@@ -308,6 +318,7 @@ def _placed(x: Pooled, axes: tuple[int, ...]) -> Tensor | None:
 
 
 _RESHAPES = ("view", "reshape", "flatten", "squeeze", "unsqueeze")
+_SUMS = (torch.add, Tensor.add, Tensor.__add__)
 _PRODUCTS_IN_PLACE = (Tensor.mul_, Tensor.__imul__)
 _PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, *_PRODUCTS_IN_PLACE)
 _SPREADS = (Tensor.expand, Tensor.expand_as, Tensor.repeat, F.interpolate, F.upsample)

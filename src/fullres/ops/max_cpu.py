@@ -47,8 +47,9 @@ def _row_by_row(x: Tensor, kh: int, kw: int) -> Tensor:
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     source, target = as_rows(x), as_rows(out)
     threads = torch.get_num_threads()
-    groups = split(channels // LANES, threads)
-    panels = split(shape[3], -(-threads // (batch * len(groups))))  # which read columns twice
+    # panels read columns twice, but groups of channels part what memory gives at a time
+    groups = split(channels // LANES, max(threads // 2, 1))
+    panels = split(shape[3], -(-threads // (batch * len(groups))))
     spread(
         [
             (_maxima, source[b], target[b], channels, kh, kw, *group, *panel)
@@ -103,9 +104,7 @@ def _row(rows, join, places, channels, k, ends, maxima):
                     store(ends, i * LANES, values)
             values = shared
             for i in range(start, end):
-                at = place + (i + k - 1) * channels
-                prefetch(next_row, at)
-                values = maximum(load(row, at), values)
+                values = maximum(load(row, place + (i + k - 1) * channels), values)
                 larger = maximum(values, load(ends, i * LANES))
                 larger = maximum(larger, load(maxima[n], i * LANES))
                 store(maxima[n], i * LANES, larger)
